@@ -1,0 +1,451 @@
+"""The typed configuration tree: one frozen schema, YAML files, dotted overrides, unknown keys are errors.
+
+    config = load_config("configs/rl/quickstart.yaml", ["learner.lr=1e-4", "steps=5"])
+
+Every field's default and meaning is here and nowhere else. Nothing edits a config after it is loaded; the resolved
+tree is saved in the run folder, and that file runs the same run again. This module imports no torch, vLLM or Ray, so
+that `memento show` answers at once and a bad key fails before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from memento.errors import UserError
+from memento.trajectory import SamplingParams
+
+
+class Section(BaseModel):
+    """A frozen section of the tree. Docstrings under the fields are part of the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FormatConfig(Section):
+    """How the four delimiters are used (`memento.format.MementoFormat`)."""
+
+    evict_delimiters: bool = False
+    """Also evict a block's own delimiters. Qwen3 and Olmo 3: false, Phi: true."""
+    keep_last_n: int = Field(default=0, ge=-1)
+    """Completed blocks that stay visible. 0 is the method, -1 never evicts."""
+    max_block_tokens: int | None = Field(default=None, gt=0)
+    """Block cap: a longer block is closed by force. null for no cap."""
+
+
+class ArithmeticConfig(Section):
+    """The generated problem family of the quickstart: sums of two-digit terms, modulo a power of ten."""
+
+    min_terms: int = Field(default=5, ge=2)
+    max_terms: int = Field(default=7, ge=2)
+    digits: int = Field(default=2, ge=1, le=4)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_terms < self.min_terms:
+            raise ValueError(f"max_terms ({self.max_terms}) is smaller than min_terms ({self.min_terms})")
+        return self
+
+
+class ProblemsConfig(Section):
+    """Where problems come from: a JSONL file, or the generated family. Exactly one of the two."""
+
+    path: Path | None = None
+    """JSONL of `memento.problems.Problem`."""
+    arithmetic: ArithmeticConfig | None = None
+    """Generate them instead."""
+    count: int | None = Field(default=None, gt=0)
+    """How many: the first of a file, or that many generated. null takes the whole file (4096 generated)."""
+    seed: int = 0
+    """Seed of generated problems. Training and evaluation seeds give disjoint problems."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.arithmetic is None):
+            raise ValueError("give either `path` (a JSONL file) or `arithmetic` (generated problems)")
+        return self
+
+
+class SamplingConfig(Section):
+    """How training rollouts are sampled. top-p and top-k are absent on purpose: truncated sampling biases the ratio."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits in the engine and in the learner alike."""
+    max_tokens: int = Field(default=31_744, gt=0)
+    """Completion tokens, at most."""
+    top_p: float = 1.0
+    """Must be 1 in training: the learner's log-probabilities are those of the full distribution."""
+    top_k: int = -1
+    """Must be -1 in training, for the same reason."""
+
+    @model_validator(mode="after")
+    def _untruncated(self) -> Self:
+        if self.top_p != 1.0 or self.top_k != -1:
+            raise ValueError(
+                "training samples from the full distribution: top_p must be 1 and top_k -1, otherwise sampler and "
+                "learner log-probabilities differ by the log of the kept mass. Use them in `eval` instead"
+            )
+        return self
+
+    def params(self) -> SamplingParams:
+        """The record that goes to the engine."""
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+
+
+class RolloutConfig(Section):
+    """The vLLM engines."""
+
+    engines: int = Field(default=1, gt=0)
+    """Number of engines, each a Ray actor."""
+    evict: bool = True
+    """Evict finished blocks. false runs the same requests with full attention."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved for one engine."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs of one engine (ignored on CPU)."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Logical tokens of prompt and completion together. null: the model's own limit."""
+    kv_cache_mib: int | None = Field(default=None, gt=0)
+    """KV pool. null: vLLM's own rule (`gpu_memory_utilization`)."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    block_size: int | None = Field(default=None, gt=0)
+    """Tokens of a KV page. null: vLLM's default. Small pages free more of a block (32 on CPU)."""
+    max_num_seqs: int = Field(default=256, gt=0)
+    """Requests that run at once in one engine."""
+    max_num_batched_tokens: int | None = Field(default=None, gt=0)
+    enforce_eager: bool = True
+    """No CUDA graphs, no compilation."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """An engine that is not up by then fails the run, with the reason."""
+    request_timeout_s: float = Field(default=3600, gt=0)
+    """A group that is not finished by then is retried on another engine."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often Ray restarts a dead engine. It gets the current weights before it takes work."""
+
+
+class RewardsConfig(Section):
+    """The verifiers."""
+
+    workers: int = Field(default=2, gt=0)
+    """Killable worker processes."""
+    timeout_s: float = Field(default=6.0, gt=0)
+    """Wall seconds of one math verification, kept by the parent."""
+    code_timeout_s: float = Field(default=30.0, gt=0)
+    """Wall seconds of all tests of one program together."""
+    memory_limit_mib: int = Field(default=2048, gt=0)
+    """Address space of one math worker."""
+    sandbox: Literal["auto", "subprocess", "namespaces"] = "auto"
+    """Isolation of model-written code. `namespaces` refuses to start where the kernel does not allow them; `auto` takes
+    them where it can and says which level it used."""
+    cpus: float = Field(default=0.0, ge=0)
+    """CPU cores reserved for the pool."""
+
+
+class AlgorithmConfig(Section):
+    """Which policy gradient, and what corrects it."""
+
+    loss: Literal["cispo", "grpo"] = "cispo"
+    clip_low: float = Field(default=0.2, ge=0)
+    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high] (CISPO: the weight; GRPO: the surrogate)."""
+    clip_high: float = Field(default=0.2, ge=0)
+    advantage_std: Literal["batch", "group", "none"] = "batch"
+    """Divide the centred reward by the standard deviation of the whole batch, of its group, or not at all."""
+    aggregation: Literal["token", "sequence", "group"] = "group"
+    """token: mean over all tokens. sequence: mean over tokens, then over sequences. group: every group weighs the same,
+    its tokens share that weight."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of KL(policy || reference) in the loss. 0 needs no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    sampler_correction: Literal["tis", "none"] = "tis"
+    """Truncated importance sampling against the mismatch between the engine's and the learner's log-probabilities."""
+    sampler_correction_cap: float = Field(default=2.0, ge=1)
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    mismatch_kl_limit: float | None = Field(default=None, gt=0)
+    """Stop the run, and save the trajectories, when the mean mismatch KL of a step passes this. null: never."""
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed learner."""
+
+    ranks: int = Field(default=1, gt=0)
+    """Data-parallel processes, each a Ray actor (with one GPU where the device is cuda)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved for one rank; also its torch threads."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lr: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    """Linear warm-up, counted in optimiser steps; constant after it."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    minibatches: int = Field(default=1, gt=0)
+    """Optimiser steps per RL step; each takes an equal share of the groups."""
+    micro_batch_tokens: int = Field(default=32_768, gt=0)
+    """Packed tokens of one forward and backward pass. A longer trajectory gets a pass of its own."""
+    gradient_checkpointing: bool = False
+    logprob_chunk_tokens: int = Field(default=4096, gt=0)
+    """Rows of logits that exist at once."""
+    offload_optimizer: bool = False
+    start_timeout_s: float = Field(default=600, gt=0)
+    step_timeout_s: float = Field(default=7200, gt=0)
+
+
+class EvalConfig(Section):
+    """Evaluation during training, on the engines, under eviction."""
+
+    problems: ProblemsConfig | None = None
+    """null: no evaluation."""
+    interval: int = Field(default=25, gt=0)
+    """Every so many steps; also before the first and after the last one."""
+    samples: int = Field(default=1, gt=0)
+    """Completions a problem."""
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int = Field(default=20, ge=-1)
+    max_tokens: int | None = Field(default=None, gt=0)
+    """null: as in training."""
+
+
+class CheckpointConfig(Section):
+    """Everything a run needs to go on as if nothing had happened."""
+
+    interval: int = Field(default=25, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """How many of the newest checkpoints stay."""
+
+
+class TrackingConfig(Section):
+    """W&B. `metrics.jsonl` is always written."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "memento-rl"
+    name: str | None = None
+
+
+class RlConfig(Section):
+    """An RL run: `memento rl CONFIG`."""
+
+    kind: Literal["rl"] = "rl"
+    out: Path
+    """The run folder. A non-empty one is refused unless the run is resumed."""
+    model: Path | str
+    """Hugging Face folder or hub id, from SFT stage 2: its tokenizer holds the four delimiters."""
+    problems: ProblemsConfig
+    seed: int = 0
+    steps: int = Field(default=350, gt=0)
+    groups_per_step: int = Field(default=240, gt=0)
+    """Problems per step."""
+    group_size: int = Field(default=8, gt=0)
+    """Completions per problem."""
+    max_lag: int = Field(default=0, ge=0)
+    """Steps by which rollouts may be older than the weights they train. 0: on-policy; n: rollouts run ahead."""
+    save_rollouts: Literal["all", "sample", "none"] = "all"
+    """What goes to rollouts.jsonl each step: every group, the first one, or nothing."""
+    format: FormatConfig = FormatConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.groups_per_step % self.learner.minibatches:
+            raise ValueError(
+                f"groups_per_step ({self.groups_per_step}) must be a multiple of learner.minibatches "
+                f"({self.learner.minibatches}): every minibatch holds whole groups"
+            )
+        if self.group_size == 1 and self.algorithm.advantage_std == "group":
+            raise ValueError("group_size 1 has no group standard deviation; use advantage_std: batch or none")
+        return self
+
+
+class SftPhase(Section):
+    """A stretch of training on one kind of data; phases follow each other under one optimiser and schedule."""
+
+    steps: int = Field(gt=0)
+    """Optimiser steps."""
+    problems: ArithmeticConfig | None = None
+    """Generated traces of this length range. null: rows of `data`."""
+
+
+class SftConfig(Section):
+    """One SFT stage: `memento sft CONFIG`."""
+
+    kind: Literal["sft"] = "sft"
+    stage: Literal["stage1", "stage2", "control"]
+    """stage1: full attention on memento traces. stage2: the same traces with memento attention. control: full attention
+    on the same source traces without blocks and mementos (the SFT-only baseline)."""
+    out: Path
+    """The run folder; the model is saved in `out`/hf."""
+    model: Path | str | None = None
+    """Where to start: a Hugging Face folder or hub id. null: the tiny Qwen3 of the quickstart, made from `seed`."""
+    data: Path | str | None = None
+    """JSONL or hub data set with `problem` and `response`. null: the generated arithmetic traces of `phases`."""
+    seed: int = 42
+    phases: tuple[SftPhase, ...] = ()
+    """Steps and data of each phase. Empty: `epochs` over `data`."""
+    epochs: float = Field(default=5.0, gt=0)
+    format: FormatConfig = FormatConfig()
+    max_length: int = Field(default=32_768, gt=0)
+    """Longer traces are truncated, and counted."""
+    batch_size: int = Field(default=512, gt=0)
+    """Traces per optimiser step, over all ranks."""
+    micro_batch_tokens: int = Field(default=32_768, gt=0)
+    """Packed tokens of one forward and backward pass."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices, AdamW for the rest."""
+    lr: float = Field(default=8e-5, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.05, ge=0)
+    """Warm-up: a fraction of all steps below 1, else a number of steps."""
+    schedule: Literal["cosine", "flat_linear"] = "cosine"
+    """flat_linear: flat to 60 % of the steps, then linear to 3 %."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    gradient_checkpointing: bool = True
+    threads: int | None = Field(default=None, gt=0)
+    """torch threads on CPU. null: all cores."""
+    logging_steps: int = Field(default=10, gt=0)
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Self:
+        generated = self.phases and all(phase.problems is not None for phase in self.phases)
+        if self.data is None and not generated:
+            raise ValueError("give `data`, or `phases` whose `problems` are generated")
+        return self
+
+
+Config = RlConfig | SftConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply dotted overrides (``learner.lr=1e-4``), check it against the schema.
+
+    Args:
+        path: the file. Its ``kind`` (``rl`` or ``sft``) picks the schema. ``base: other.yaml`` (relative to the file)
+            is read first and overridden by the rest.
+        overrides: ``a.b=c``; the value is YAML.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the message names the nearest known one), a wrong type, or
+            values that contradict each other.
+    """
+    tree = _read_yaml(Path(path), seen=())
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(_checked(overrides)))
+        resolved: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    return validate_config(resolved, str(path))
+
+
+def validate_config(tree: dict[str, Any], where: str) -> Config:
+    """Check a plain tree against the schema. Errors as for `load_config`."""
+    kind = tree.get("kind")
+    if kind not in ("rl", "sft"):
+        raise UserError(f"{where}: `kind` must be `rl` or `sft`, got {kind!r}.")
+    schema: type[RlConfig] | type[SftConfig] = RlConfig if kind == "rl" else SftConfig
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, schema)}") from error
+
+
+def dump_config(config: Config, path: str | Path) -> None:
+    """Write the resolved tree as YAML, so that `load_config` gives the same config back."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved tree as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _checked(overrides: Sequence[str]) -> list[str]:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"override {override!r} is not of the form a.b=value, e.g. learner.lr=1e-4.")
+    return list(overrides)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> Any:
+    if not path.is_file():
+        raise UserError(
+            f"no config file at {path}. The shipped ones are in configs/ (e.g. configs/rl/quickstart.yaml)."
+        )
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base` points back to itself.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no keys.")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _read_yaml(path.parent / str(base), (*seen, path.resolve()))
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(tree)), resolve=False)
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    parts = []
+    for complaint in error.errors():
+        loc = [part for part in complaint["loc"] if isinstance(part, str)]
+        key = ".".join(str(part) for part in complaint["loc"])
+        if complaint["type"] == "extra_forbidden":
+            parts.append(f"unknown key `{key}`{_nearest(loc, schema)}")
+        elif complaint["type"] == "missing":
+            parts.append(f"`{key}` is missing")
+        else:
+            message = complaint["msg"].removeprefix("Value error, ")
+            parts.append(f"`{key}`: {message} (got {complaint['input']!r})" if key else message)
+    return "; ".join(parts[:5]) + "."
+
+
+def _nearest(loc: Sequence[str], schema: type[BaseModel]) -> str:
+    section = schema
+    for part in loc[:-1]:
+        field = section.model_fields.get(part)
+        found = _section_of(field.annotation) if field else None
+        if found is None:
+            return ""
+        section = found
+    close = difflib.get_close_matches(loc[-1], section.model_fields, n=1, cutoff=0.5)
+    prefix = ".".join([*loc[:-1], ""])
+    if close:
+        return f", did you mean `{prefix}{close[0]}`?"
+    return f" (known here: {', '.join(section.model_fields)})"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+ConfigAdapter: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="kind")])
+"""For JSON Schema of the whole tree (the configuration reference is generated from it)."""

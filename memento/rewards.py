@@ -1,0 +1,5 @@
+"""Verifiable rewards: `score(problem, completion)` and what it is made of."""
+
+from memento.links import package
+
+__path__, __getattr__ = package(__file__, score="memento.rewards.foo")
