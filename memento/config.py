@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from memento.errors import UserError
+from memento.format import MementoFormat
 from memento.trajectory import SamplingParams
 
 
@@ -38,6 +39,15 @@ class FormatConfig(Section):
     """Completed blocks that stay visible. 0 is the method, -1 never evicts."""
     max_block_tokens: int | None = Field(default=None, gt=0)
     """Block cap: a longer block is closed by force. null for no cap."""
+
+    def bind(self, tokenizer: Any) -> MementoFormat:
+        """The format with the ids of this Hugging Face tokenizer. Errors as `MementoFormat.from_tokenizer`."""
+        return MementoFormat.from_tokenizer(
+            tokenizer,
+            evict_delimiters=self.evict_delimiters,
+            keep_last_n=self.keep_last_n,
+            max_block_tokens=self.max_block_tokens,
+        )
 
 
 class ArithmeticConfig(Section):

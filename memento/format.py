@@ -85,9 +85,8 @@ class MementoFormat:
 
     def __post_init__(self) -> None:
         if len(set(self.delimiter_ids)) != 4 or min(self.delimiter_ids) < 0:
-            raise FormatError(
-                f"the four delimiters need four different token ids, got {dict(zip(DELIMITERS, self.delimiter_ids, strict=True))}"
-            )
+            named = dict(zip(DELIMITERS, self.delimiter_ids, strict=True))
+            raise FormatError(f"the four delimiters need four different token ids, got {named}")
         if self.keep_last_n < -1:
             raise FormatError(f"keep_last_n must be -1 (never evict), 0 or more, got {self.keep_last_n}")
         if self.max_block_tokens is not None and self.max_block_tokens < 1:
