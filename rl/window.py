@@ -67,10 +67,11 @@ class WindowCounts:
     """Dropped: generation or verification raised."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     request: RolloutRequest
     future: Future[ScoredGroup]
+    group: ScoredGroup | None = None  # set once it is finished and was found fit to train
 
 
 @dataclass
@@ -112,9 +113,9 @@ class GroupWindow:
         """Requests admitted and not yet trained, in order: what a checkpoint must remember."""
         return [entry.request for entry in self._entries]
 
-    def finished(self) -> int:
-        """How many admitted groups are ready to train."""
-        return sum(entry.future.done() for entry in self._entries)
+    def ready(self) -> int:
+        """How many admitted groups are finished and were found fit to train."""
+        return sum(entry.group is not None for entry in self._entries)
 
     def wait(self, version: int, timeout_s: float) -> bool:
         """Wait until enough groups are ready to train, or room was made by dropping one.
@@ -129,23 +130,24 @@ class GroupWindow:
         Raises:
             RolloutFailure: as many groups as a step holds failed since the last `take_counts`.
         """
-        running = [entry.future for entry in self._entries if not entry.future.done()]
-        if running and self.finished() < self.groups_per_step:
+        self._collect(version)
+        running = [entry.future for entry in self._entries if entry.group is None]
+        if running and self.ready() < self.groups_per_step:
             wait(running, timeout=timeout_s, return_when=FIRST_COMPLETED)
-        self._drop_unusable(version)
+            self._collect(version)
         if self.counts.failed >= self.groups_per_step:
             raise RolloutFailure(
                 f"{self.counts.failed} groups failed in this step, the last one with: {self._last_error}"
             ) from self._last_error
-        return self.finished() >= self.groups_per_step
+        return self.ready() >= self.groups_per_step
 
     def take(self) -> list[ScoredGroup]:
         """The oldest `groups_per_step` ready groups, in order of admission."""
-        done = [entry for entry in self._entries if entry.future.done()][: self.groups_per_step]
-        if len(done) < self.groups_per_step:
-            raise ValueError(f"only {len(done)} of {self.groups_per_step} groups are ready; call wait() first")
-        self._entries = [entry for entry in self._entries if entry not in done]
-        return [entry.future.result() for entry in done]
+        ready = [entry for entry in self._entries if entry.group is not None][: self.groups_per_step]
+        if len(ready) < self.groups_per_step:
+            raise ValueError(f"only {len(ready)} of {self.groups_per_step} groups are ready; call wait() first")
+        self._entries = [entry for entry in self._entries if entry not in ready]
+        return [entry.group for entry in ready if entry.group is not None]
 
     def take_counts(self) -> WindowCounts:
         """The counts since the last call, and start over."""
@@ -156,7 +158,8 @@ class GroupWindow:
         """Forget what has not started; threads inside a generation end with it."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _drop_unusable(self, version: int) -> None:
+    def _collect(self, version: int) -> None:
+        """Look at what has finished: mark it ready, or drop and count it. What was ready may have become stale."""
         kept = []
         for entry in self._entries:
             if not entry.future.done():
@@ -169,5 +172,6 @@ class GroupWindow:
             elif min(t.oldest_version for t in group.trajectories) < version - self.max_lag:
                 self.counts.stale += 1
             else:
+                entry.group = group
                 kept.append(entry)
         self._entries = kept
