@@ -1,0 +1,10 @@
+"""Generation with vLLM: KV eviction as a plugin of the stock engine, engines, and what they return."""
+
+from memento.links import package
+
+__path__, __getattr__ = package(
+    __file__,
+    eviction_args="memento.rollout.plugin",
+    EvictionStats="memento.rollout.statistics",
+    eviction_stats="memento.rollout.statistics",
+)

@@ -1,0 +1,197 @@
+"""The scheduler that evicts: one mixin over vLLM's synchronous and asynchronous schedulers.
+
+    schedule()                       a running request reached a boundary: compact its pages (free for this very step)
+      super().schedule()             ... no chunk crosses a boundary, prefix hits end before the first block content
+      attach an EvictionStep         slot copies and evicted counts, for the workers
+    update_from_output()             each sampled token is read by the request's plan
+
+A request's plan (`memento.rollout.plan`) is all the state there is; it lives in the `EvictingManager`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import Request, RequestStatus
+
+from memento.rollout.compatibility import check_config, check_vllm
+from memento.rollout.kv_manager import EvictingManager, manager_of
+from memento.rollout.options import EvictionOptions
+from memento.rollout.plan import CONTROL_KEY, Compaction, ControlError, EvictionPlan, EvictionStep, RequestControl
+from memento.rollout.statistics import summarize
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+logger = init_logger("vllm.memento")
+
+KV_LIMIT = "memento_kv_limit"
+"""``stop_reason`` of a request that outgrew the cache: its open block never closed."""
+
+
+class EvictionMixin(_Base):
+    """See the module. Everything not overridden here is stock vLLM."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_vllm()
+        check_config(self.vllm_config)
+        self.eviction = EvictionOptions.of(self.vllm_config)
+        self._rejected: dict[str, str] = {}
+        self._rejections: list[tuple[int, EngineCoreOutput]] = []
+        manager, pool = self._manager, self.kv_cache_manager.block_pool
+        # One page of the pool is vLLM's null page.
+        self._page_limit = pool.num_gpu_blocks - 1
+        if self.eviction.max_resident_tokens is not None:
+            self._page_limit = min(self._page_limit, -(-self.eviction.max_resident_tokens // manager.block_size))
+        logger.info(
+            "KV eviction is live: finished blocks leave the cache (keep_last_n=%d, evict_delimiters=%s, "
+            "max_block_tokens=%s); at most %d pages of %d tokens a request",
+            self.eviction.fmt.keep_last_n,
+            self.eviction.fmt.evict_delimiters,
+            self.eviction.fmt.max_block_tokens,
+            self._page_limit,
+            manager.block_size,
+        )
+
+    @property
+    def _manager(self) -> EvictingManager:
+        return manager_of(self.kv_cache_manager.coordinator.single_type_managers)
+
+    # Requests come and go.
+
+    def add_request(self, request: Request) -> None:
+        # Raising here would kill an engine that runs in its own process, so a request that cannot run is taken in and
+        # finished with an error by the next step.
+        try:
+            plan = self._plan(request)
+        except ControlError as error:
+            self._rejected[request.request_id] = str(error)
+            params = self.eviction.fmt.without_eviction()
+            plan = EvictionPlan(RequestControl(params), request.num_prompt_tokens)
+        self._manager.plans[request.request_id] = plan
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> EvictionPlan:
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None or request.resumable:
+            raise ControlError("this engine evicts KV and takes plain token prompts for generation only")
+        control = RequestControl.from_extra_args(params.extra_args, self.eviction.fmt)
+        plan = EvictionPlan(control, request.num_prompt_tokens)
+        plan.observe(request._all_token_ids)
+        pages = self._pages(plan.peak_tokens(request.num_tokens))
+        if pages > self._page_limit:
+            raise ControlError(
+                f"the prompt of {request.num_tokens} tokens needs {pages} KV pages at its peak, and a request may hold "
+                f"{self._page_limit}: raise kv_cache_memory_bytes (or max_resident_tokens), or shorten the prompt"
+            )
+        return plan
+
+    def _finish_rejected(self) -> None:
+        for request_id, message in self._rejected.items():
+            for request in self.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+                output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR, stop_reason=message)
+                self._rejections.append((request.client_index, output))
+            logger.error("request %s was refused: %s", request_id, message)
+        self._rejected.clear()
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client_index, output in self._rejections:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
+        self._rejections.clear()
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        plan = self._manager.plans[request.request_id]
+        plan.observe(request._all_token_ids)
+        # A block that never closes would need more pages than there are, preempt everybody, itself last, and start
+        # again for ever.
+        if not stopped and self._pages(plan.resident_tokens(request.num_tokens)) > self._page_limit:
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+            request.stop_reason = KV_LIMIT
+            stopped = True
+        return new_token_ids, stopped
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
+        transfer, other = super()._free_request(request, *args, **kwargs)
+        plan = self._manager.plans.pop(request.request_id)
+        if request.status not in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            return transfer, other
+        stats = summarize(
+            plan,
+            request.num_tokens,
+            page_tokens=self._manager.block_size,
+            preemptions=request.num_preemptions,
+            kv_limit=request.stop_reason == KV_LIMIT,
+        )
+        return {**(transfer or {}), CONTROL_KEY: stats.to_dict()}, other
+
+    # One step.
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._finish_rejected()
+        compactions = self._compact_due()
+        output = super().schedule(*args, **kwargs)
+        plans = self._manager.plans
+        # A request preempted by this very call lost its pages, perhaps to another request: its tokens must not move.
+        still_held = tuple(c for c in compactions if plans[c.request_id].applied)
+        evicted = {
+            request_id: plans[request_id].evicted
+            for request_id in output.num_scheduled_tokens
+            if plans[request_id].evicted
+        }
+        output.memento = EvictionStep(still_held, evicted)  # type: ignore[attr-defined]
+        return output
+
+    def _compact_due(self) -> list[Compaction]:
+        if self._pause_state == PauseState.PAUSED_ALL:
+            return []
+        compactions = []
+        for request in self.running:
+            plan = self._manager.plans[request.request_id]
+            event = plan.due(request.num_computed_tokens)
+            if event is not None:
+                compactions.append(self._manager.compact(request.request_id, event))
+        return compactions
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        plan = self._manager.plans[request.request_id]
+        return min(num_new_tokens, plan.tokens_until_boundary(num_computed_tokens))
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        page, plan = self._manager.block_size, self._manager.plans[request.request_id]
+        pages = plan.first_evictable // page
+        if num_tokens > pages * page:
+            num_tokens = pages * page
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(tuple(list(group[:pages]) for group in blocks.blocks))
+        return blocks, num_tokens, boundary, diverged
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self._manager.block_size)
+
+
+class EvictingScheduler(EvictionMixin, Scheduler):
+    """``scheduler_cls`` of a synchronous engine."""
+
+
+class EvictingAsyncScheduler(EvictionMixin, AsyncScheduler):
+    """``scheduler_cls`` of an engine with asynchronous scheduling."""

@@ -1,0 +1,146 @@
+"""The worker side of eviction: move KV inside the cache, and hide the evicted tokens from attention.
+
+A worker's `init_device` puts `EvictingRunner` on the class of the model runner it built, so the same few hooks serve
+the CPU and the GPU runner. Positions, token ids and sampling stay logical; physical are only ``seq_lens``,
+``slot_mapping`` and the block table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as StockWorker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as StockWorker
+
+from memento.rollout.compatibility import check_attention_spec, check_config, check_runner, check_vllm
+from memento.rollout.kv_layout import PageLayout
+from memento.rollout.kv_manager import EvictingAttentionSpec
+from memento.rollout.plan import EvictionFault, EvictionStep
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _Runner = GPUModelRunner
+else:
+    _Runner = object
+
+logger = init_logger("vllm.memento")
+
+
+class EvictingRunner(_Runner):
+    """The hooks over vLLM's V1 model runner. `self` is a stock runner whose class was extended."""
+
+    _evicted: dict[str, int]
+    _layouts: list[PageLayout] | None
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        for layer, spec in specs.items():
+            check_attention_spec(layer, spec)
+        return {layer: EvictingAttentionSpec.of(spec) for layer, spec in specs.items()}  # type: ignore[arg-type]
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        self._layouts = None  # the tensors are new: look at them again
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        step: EvictionStep | None = getattr(scheduler_output, "memento", None)
+        if step is None:
+            if scheduler_output.total_num_scheduled_tokens:
+                raise EvictionFault("a step came without its evictions: is scheduler_cls set by eviction_args()?")
+            step = EvictionStep()
+        if step.compactions:
+            self._compact(step)
+        self._evicted = step.evicted
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _compact(self, step: EvictionStep) -> None:
+        # All requests at once: their pages are disjoint. This runs before the step writes anything, so a page freed by
+        # a compaction and given to another request in the same step is still intact.
+        if self._layouts is None:
+            self._layouts = PageLayout.of_runner(self)
+        source = torch.from_numpy(np.concatenate([c.source_slots for c in step.compactions])).to(self.device)
+        target = torch.from_numpy(np.concatenate([c.target_slots for c in step.compactions])).to(self.device)
+        for layout in self._layouts:
+            layout.move(source, target)
+        for compaction in step.compactions:
+            self._truncate(compaction.request_id, compaction.num_pages)
+
+    def _truncate(self, request_id: str, num_pages: int) -> None:
+        for block_ids in self.requests[request_id].block_ids:
+            del block_ids[num_pages:]
+        row = self.input_batch.req_id_to_index.get(request_id)
+        if row is None:
+            return  # not in the batch now; it will be added again from `block_ids`
+        for table in self.input_batch.block_table.block_tables:
+            table.block_table.np[row, num_pages : table.num_blocks_per_row[row]] = 0
+            table.num_blocks_per_row[row] = num_pages
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        num_reqs, num_tokens = self.input_batch.num_reqs, scheduler_output.total_num_scheduled_tokens
+        if not self._evicted:
+            return result
+        evicted = torch.tensor(
+            [self._evicted.get(r, 0) for r in self.input_batch.req_ids[:num_reqs]], dtype=torch.int32
+        )
+        self.optimistic_seq_lens_cpu[:num_reqs] -= evicted
+        evicted = evicted.to(self.device, non_blocking=True)
+        self.seq_lens[:num_reqs] -= evicted
+        physical = self.positions[:num_tokens] - evicted[self.req_indices.gpu[:num_tokens].long()]
+        self.input_batch.block_table.compute_slot_mapping(
+            num_reqs, self.query_start_loc.gpu[: num_reqs + 1], physical.to(self.positions.dtype)
+        )
+        return result
+
+    # A seeded request that is prefilled in chunks, or again after a preemption, samples tokens that are thrown away.
+    # The stock runner winds its generator back by an offset, which the CPU's generators do not have: it raises.
+
+    def _discarded_generators(self) -> dict[int, torch.Generator]:
+        discarded = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
+        generators = self.input_batch.generators
+        return {int(row): generators[int(row)] for row in discarded if int(row) in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type != "cpu":
+            return super()._sample(*args, **kwargs)
+        states = [(generator, generator.get_state()) for generator in self._discarded_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type != "cpu":
+            return super()._bookkeeping_sync(*args, **kwargs)
+        generators, discarded = self.input_batch.generators, self._discarded_generators()
+        self.input_batch.generators = {row: g for row, g in generators.items() if row not in discarded}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
+
+
+class EvictingWorker(StockWorker):
+    """``worker_cls``: the platform's own worker with a runner that evicts."""
+
+    def init_device(self) -> None:
+        check_vllm()
+        check_config(self.vllm_config)
+        super().init_device()
+        runner: Any = self.model_runner
+        check_runner(type(runner))
+        runner.__class__ = type(f"Evicting{type(runner).__name__}", (EvictingRunner, type(runner)), {})
+        runner._evicted = {}
+        runner._layouts = None
+        logger.info("KV eviction is live in worker %d (%s)", self.rank, type(runner).__name__)
