@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from memento.errors import UserError
-from memento.format import MementoFormat, kv_profile, parse
+from memento.format import MementoFormat, Trace, kv_profile, parse
 from memento.problems import Problem, Record
 from memento.trajectory import Outcome, RewardResult, RolloutRequest, SamplingParams, ScoredGroup, Trajectory
 
@@ -67,7 +67,7 @@ class BlockStats(Record):
 
     Attributes:
         compression: block tokens over memento tokens, over all complete blocks.
-        malformed_rate: traces with a delimiter out of order or a block left open.
+        malformed_rate: traces with a delimiter out of order, or ended (not truncated) with a block left open.
         truncation_rate: traces that ended at the length limit.
         forced_blocks_per_trace: how often the block cap closed a block (once per run of adjacent forced tokens).
     """
@@ -243,10 +243,15 @@ def block_stats(trajectories: Iterable[Trajectory], fmt: MementoFormat) -> Block
         memento_tokens=memento_tokens / len(blocks) if blocks else None,
         compression=block_tokens / memento_tokens if memento_tokens else None,
         completion_tokens=float(np.mean([len(t.completion_ids) for t in trajectories])),
-        malformed_rate=sum(not trace.well_formed for trace in traces) / len(traces),
+        malformed_rate=sum(_malformed(t, trace) for t, trace in zip(trajectories, traces, strict=True)) / len(traces),
         truncation_rate=sum(t.truncated for t in trajectories) / len(traces),
         forced_blocks_per_trace=len(forced) / len(traces),
     )
+
+
+def _malformed(trajectory: Trajectory, trace: Trace) -> bool:
+    """A trace that the length limit cut inside a block is truncated, not malformed."""
+    return trace.anomalies > 0 or (trace.unfinished and not trajectory.truncated)
 
 
 def _run_starts(positions: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import statistics
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -167,7 +168,9 @@ def test_blocks() -> None:
     assert stats.blocks_per_trace == pytest.approx(4 / 3)
     assert (stats.block_tokens, stats.longest_block_tokens, stats.memento_tokens) == (3, 4, 1.5)
     assert stats.compression == pytest.approx(2.0)
-    assert stats.malformed_rate == stats.truncation_rate == pytest.approx(1 / 3)
+    assert stats.truncation_rate == pytest.approx(1 / 3)
+    assert stats.malformed_rate == 0  # cut by the limit, not malformed
+    assert block_stats([trajectory([B, 7, 7]), trajectory([E, 5]), trajectory(TRACE)], FMT).malformed_rate == 2 / 3
     assert stats.forced_blocks_per_trace == pytest.approx(2 / 3)
 
 
@@ -243,7 +246,7 @@ class RecordedPool:
 
 
 class ExactMatch:
-    def score(self, problem: Problem, completions: list[str]) -> list[RewardResult]:
+    def score(self, problem: Problem, completions: Sequence[str]) -> list[RewardResult]:
         return [reward(Outcome.CORRECT if c == problem.answer else Outcome.WRONG, c) for c in completions]
 
 
