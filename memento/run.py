@@ -76,7 +76,7 @@ HEADLINE: tuple[tuple[str, str, str], ...] = (
     ("loss", "train/loss", ".4f"),
     ("grad", "train/grad_norm", ".2f"),
     ("KL engine", "mismatch/kl_mean", ".1e"),
-    ("tokens", "completion/tokens_mean", ".0f"),
+    ("tokens", "length/completion_mean", ".0f"),
     ("KV saved", "kv/peak_ratio", ".2f"),
 )
 """Label, metric and format of what the progress line of a step shows, where the metric is there."""
@@ -114,7 +114,7 @@ class Run:
         self._uncut = {self._metrics, self._rollouts}  # files that the resumed step has not been applied to yet
         self._phases: dict[str, float] = {}  # since the last `log`
         self._totals: dict[str, float] = _read_summary(folder).get("seconds", {}) if resumed else {}
-        self._last: dict[str, float] = {}
+        self._last: dict[str, float | None] = {}
         self._first_step: int | None = None
         self._started = self._logged = time.monotonic()
         self._signal: int | None = None
@@ -381,7 +381,7 @@ def _add_resume(folder: Path, environment: dict[str, Any]) -> str:
         first = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         # Only a record for people; its loss must not keep a run from going on. The id is then the folder's own.
-        first = {"run_id": hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}
+        first = dict[str, Any](run_id=hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest())
     first.setdefault("resumes", []).append(environment)
     _replace(file, json.dumps(first, indent=2) + "\n")
     return str(first["run_id"])

