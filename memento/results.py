@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from memento.errors import UserError
 from memento.problems import Record, explain
+from memento.run import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -104,11 +104,7 @@ class QuickstartResults(Record):
                 file = folder / "eval" / f"{row}_t{temperature}.json"
                 if file.is_file() or temperature == "1.0":  # only temperature 1 has to be there
                     found[row][temperature] = _read(file, _Evaluation)
-        kl = [
-            value
-            for line in read_jsonl(folder / "rl" / "metrics.jsonl")
-            if (value := line.get(MISMATCH_KEY)) is not None
-        ]
+        kl = [value for line in read_metrics(folder / "rl") if (value := line.get(MISMATCH_KEY)) is not None]
         if not kl:
             raise UserError(f"{folder / 'rl' / 'metrics.jsonl'} has no {MISMATCH_KEY}; did the RL run take a step?")
         seconds = dict(_read(folder / "phases.json", _Seconds).root)
@@ -170,30 +166,6 @@ def _read(path: Path, schema: type[_Model]) -> _Model:
         return schema.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(f"{path} is not what the quickstart writes: {explain(error)}.") from error
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a last line cut off by a crash is left out. Empty if there is no file.
-
-    Raises:
-        UserError: for another line that is no JSON object, naming it.
-    """
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object.")
-        rows.append(row)
-    return rows
 
 
 def write_results(results: QuickstartResults, path: str | Path) -> None:
