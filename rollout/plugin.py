@@ -32,7 +32,7 @@ def eviction_args(
         fmt: the delimiters and the default eviction of every request.
         max_resident_tokens: physical tokens that one request may hold; a request that outgrows them stops with finish
             reason ``length``. None for as many as the KV pool has.
-        logits_processors: the engine's other logits processors; `eviction_args` adds the block cap.
+        logits_processors: the engine's other logits processors; the block cap comes last, so none of them can undo it.
         additional_config: the engine's other ``additional_config`` entries.
     """
     options = EvictionOptions(fmt, max_resident_tokens)
@@ -41,7 +41,7 @@ def eviction_args(
         "worker_cls": "memento.rollout.worker.EvictingWorker",
         "async_scheduling": False,
         "enable_prefix_caching": True,
-        "logits_processors": [BLOCK_CAP, *logits_processors],
+        "logits_processors": [*logits_processors, BLOCK_CAP],
         "additional_config": {**(additional_config or {}), CONFIG_KEY: options.to_dict()},
     }
 
