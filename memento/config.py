@@ -370,6 +370,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate_config(resolved, str(path))
 
 
+def override_config(config: Config, overrides: Sequence[str], where: str) -> Config:
+    """Another config with dotted overrides applied. Errors as for `load_config`, naming `where`."""
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.create(config.model_dump(mode="json")), OmegaConf.from_dotlist(_checked(overrides))
+        )
+        resolved: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    return validate_config(resolved, where)
+
+
 def validate_config(tree: dict[str, Any], where: str) -> Config:
     """Check a plain tree against the schema. Errors as for `load_config`."""
     kind = tree.get("kind")
@@ -446,7 +458,7 @@ def _nearest(loc: Sequence[str], schema: type[BaseModel]) -> str:
     close = difflib.get_close_matches(loc[-1], section.model_fields, n=1, cutoff=0.5)
     prefix = ".".join([*loc[:-1], ""])
     if close:
-        return f", did you mean `{prefix}{close[0]}`?"
+        return f" (did you mean `{prefix}{close[0]}`?)"
     return f" (known here: {', '.join(section.model_fields)})"
 
 

@@ -1,0 +1,408 @@
+"""The command line. Every command imports what it needs when it runs, so that `memento --help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or input (one paragraph on stderr, nothing started or overwritten), 128 + n
+after signal n (the run can be resumed).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import memento
+from memento.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memento.config import Config, RlConfig
+
+app = typer.Typer(
+    name="memento",
+    help="Reinforcement learning with compressed reasoning.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/rl/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="a.b=c", help="Dotted overrides, e.g. learner.lr=1e-4 steps=100.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in the run folder from its newest checkpoint.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id.")]
+Problems = Annotated[Path, typer.Option("--problems", help="JSONL of problems.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Completions of each problem.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")]
+Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict finished blocks, or use full attention.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same completions.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)]
+TopK = Annotated[int, typer.Option("--top-k", min=-1, help="-1 for all tokens.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Completion tokens, at most.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Engine or format setting, e.g. rollout.engines=2. Repeatable."),
+]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(memento.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder for models, runs, results and the report.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Of the model, the data and the sampling.")] = 0,
+    size: Annotated[str, typer.Option("--size", help="full, or small: the same path on shorter problems.")] = "full",
+    resume: Annotated[bool, typer.Option("--resume", help="Skip the phases that are done.")] = False,
+) -> None:
+    """The whole pipeline on this machine: SFT stages 1 and 2, RL, evaluation, export.
+
+    Needs two CPU cores and no GPU; prints the result table and writes report.html.
+
+    Example: `memento quickstart --out runs/quickstart --seed 0`
+    """
+    from memento.quickstart import PhaseFailed, run_quickstart
+
+    try:
+        run_quickstart(out, seed=seed, size=size, resume=resume)
+    except PhaseFailed as error:
+        typer.echo(f"error: {error}. Fix it and go on with: memento quickstart --out {out} --resume", err=True)
+        raise typer.Exit(error.code if error.code in (2, 130, 143) else 1) from error
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """One SFT stage; the model is left in OUT/hf.
+
+    Example: `memento sft configs/sft/quickstart_stage1.yaml out=runs/stage1 seed=1`
+    """
+    from memento.sft.train import main as train
+
+    raise typer.Exit(train(_argv(config, overrides, resume)))
+
+
+@app.command()
+def rl(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """An RL run; metrics, rollouts and checkpoints are left in OUT, the model in OUT/hf.
+
+    The same as `python -m memento.rl.train`, which is what `ray job submit` takes.
+
+    Example: `memento rl configs/rl/quickstart.yaml model=runs/quickstart/stage2/hf out=runs/rl learner.lr=1e-4`
+    """
+    from memento.rl.train import main as train
+
+    raise typer.Exit(train(_argv(config, overrides, resume)))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    problems: Problems,
+    samples: Samples = 1,
+    evict: Evict = True,
+    limit: Limit = None,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    top_k: TopK = 20,
+    max_tokens: MaxTokens = 31_744,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON here.")] = None,
+    settings: Set = None,
+) -> None:
+    """Accuracy (pass@1, pass@k, maj@k) and what the KV cache costs: peak, area, compression.
+
+    Example: `memento evaluate runs/rl/hf --problems held_out.jsonl --samples 4 --out result.json`
+    """
+    from memento.problems import load_problems
+    from memento.rl.evaluate import evaluate_model, result_table
+    from memento.trajectory import SamplingParams
+
+    _refuse_existing(out)
+    tasks = load_problems(problems, limit=limit)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
+    engine = _engine_config(settings)
+    result = evaluate_model(
+        model, tasks, sampling, samples=samples, seed=seed, evict=evict, rollout=engine.rollout, fmt=engine.format
+    )
+    _console().print(result_table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def generate(
+    model: Model,
+    problems: Problems,
+    out: Annotated[Path, typer.Option("--out", help="JSONL of trajectories to write.")],
+    samples: Samples = 1,
+    evict: Evict = True,
+    limit: Limit = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = -1,
+    max_tokens: MaxTokens = 31_744,
+    seed: Seed = 0,
+    settings: Set = None,
+) -> None:
+    """Sample completions to a JSONL file, with log-probabilities, evictions and KV statistics; no learner.
+
+    Example: `memento generate runs/rl/hf --problems held_out.jsonl --samples 8 --out rollouts.jsonl`
+    """
+    from memento.problems import load_problems
+    from memento.rollout.generate import generate_file
+    from memento.trajectory import SamplingParams
+
+    _refuse_existing(out)
+    tasks = load_problems(problems, limit=limit)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
+    engine = _engine_config(settings)
+    count = generate_file(
+        model, tasks, out, sampling, samples=samples, seed=seed, evict=evict, rollout=engine.rollout, fmt=engine.format
+    )
+    typer.echo(f"{count} trajectories: {out}")
+
+
+@app.command()
+def score(
+    trajectories: Annotated[Path, typer.Argument(help="JSONL of `memento generate`, or a run's rollouts.jsonl.")],
+    problems: Problems,
+    out: Annotated[Path | None, typer.Option("--out", help="Write scored groups as JSONL here.")] = None,
+) -> None:
+    """Rewards for recorded completions, by the verifier of each problem.
+
+    Example: `memento score rollouts.jsonl --problems held_out.jsonl --out scored.jsonl`
+    """
+    from collections import Counter
+
+    from memento.problems import load_problems
+    from memento.rewards.scoring import score_all
+    from memento.trajectory import ScoredGroup, Trajectory, append_jsonl, read_trajectories
+
+    _refuse_existing(out)
+    by_id = {problem.id: problem for problem in load_problems(problems)}
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in read_trajectories(trajectories):
+        if trajectory.problem_id not in by_id:
+            raise UserError(
+                f"{trajectories} holds a completion of problem {trajectory.problem_id!r}, which is not in {problems}."
+            )
+        groups.setdefault(trajectory.group_id, []).append(trajectory)
+    if not groups:
+        raise UserError(f"{trajectories} holds no trajectories.")
+    outcomes: Counter[str] = Counter()
+    scores: list[float] = []
+    for members in _progress(list(groups.values()), "scoring"):
+        problem = by_id[members[0].problem_id]
+        rewards = score_all(problem, [member.text for member in members])
+        outcomes.update(reward.outcome.value for reward in rewards)
+        scores += [reward.score for reward in rewards if reward.score is not None]
+        if out is not None:
+            group = ScoredGroup(problem=problem, trajectories=tuple(members), rewards=tuple(rewards))
+            append_jsonl([group], out)
+    total = sum(outcomes.values())
+    mean = f"mean score {sum(scores) / len(scores):.4f}" if scores else "no completion has a score"
+    typer.echo(f"{total} completions of {len(groups)} groups: {mean}")
+    for outcome, count in outcomes.most_common():
+        typer.echo(f"  {outcome:<15}{count:>7}  {100 * count / total:5.1f} %")
+
+
+@app.command()
+def view(
+    file: Annotated[Path, typer.Argument(help="JSONL of trajectories, e.g. a run's rollouts.jsonl.")],
+    index: Annotated[int, typer.Option("--index", help="Which one, from 0; negative counts from the end.")] = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page instead.")] = None,
+    model: Annotated[Path | None, typer.Option("--model", help="Folder with the tokenizer.")] = None,
+) -> None:
+    """One trajectory: blocks, mementos, evictions, the KV sawtooth, the reward.
+
+    Example: `memento view runs/rl/rollouts.jsonl --index 3 --html trace.html`
+    """
+    from memento.view import view_file
+
+    view_file(file, _console(), index, html, model)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of an RL run.")],
+    out: Annotated[Path, typer.Option("--out", help="The Hugging Face folder to write.")],
+) -> None:
+    """A plain Hugging Face folder that transformers and vLLM load: weights, tokenizer, chat template, model card.
+
+    Example: `memento export runs/rl --out models/my-memento`
+    """
+    from memento.rl.export import export_run
+
+    typer.echo(f"model: {export_run(run, out)}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Model,
+    evict_delimiters: Annotated[
+        bool, typer.Option("--evict-delimiters/--keep-delimiters", help="As the model was trained (Phi: evict).")
+    ] = False,
+    keep_last_n: Annotated[int, typer.Option("--keep-last-n", min=-1, help="Completed blocks that stay.")] = 0,
+    max_block_tokens: Annotated[int | None, typer.Option("--max-block-tokens", min=1, help="Block cap.")] = None,
+) -> None:
+    """vLLM's OpenAI-compatible server with eviction. Other flags go to `vllm serve` as they are.
+
+    Example: `memento serve runs/rl/hf --port 8000 --max-model-len 32768`
+    """
+    from memento.config import FormatConfig
+    from memento.preflight import check_model, check_vllm_version, load_tokenizer
+    from memento.rollout.serve import serve as run_server
+
+    check_vllm_version()
+    check_model(model)
+    fmt = FormatConfig(
+        evict_delimiters=evict_delimiters, keep_last_n=keep_last_n, max_block_tokens=max_block_tokens
+    ).bind(load_tokenizer(model))
+    run_server(model, fmt, context.args)
+
+
+@app.command()
+def show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """The resolved configuration, and what the run will reserve. Starts nothing and imports no torch.
+
+    Example: `memento show configs/rl/quickstart.yaml rollout.engines=2`
+    """
+    from memento.config import load_config, to_yaml
+
+    resolved = load_config(config / "config.yaml" if config.is_dir() else config, overrides or ())
+    console = _console()
+    if console.is_terminal:
+        from rich.syntax import Syntax
+
+        console.print(Syntax(to_yaml(resolved), "yaml", background_color="default"))
+    else:
+        typer.echo(to_yaml(resolved))
+    for line in _plan(resolved):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions against the tested set, cores, memory, sandbox, W&B. Exit code 1 for a problem.
+
+    Example: `memento doctor`
+    """
+    from memento.doctor import diagnose
+
+    mark = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    checks = diagnose()
+    for check in checks:
+        table.add_row(mark[check.level], check.name, check.found + (f"\n→ {check.fix}" if check.fix else ""))
+    _console().print(table)
+    if any(check.level == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------------------------- inside
+
+
+def _argv(config: Path, overrides: Sequence[str] | None, resume: bool) -> list[str]:
+    return [str(config), *(overrides or ()), *(["--resume"] if resume else [])]
+
+
+def _refuse_existing(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists already and is not overwritten; choose another --out.")
+
+
+def _engine_config(settings: Sequence[str] | None) -> RlConfig:
+    """The `rollout` and `format` sections as ``--set rollout.engines=2`` change them."""
+    from memento.config import RlConfig, override_config
+
+    # Only the two sections are read; the rest of the tree just has to be there for the schema.
+    base = RlConfig.model_validate({"out": "unused", "model": "unused", "problems": {"path": "unused"}})
+    changed = override_config(base, settings or (), "--set")
+    assert isinstance(changed, RlConfig)
+    return changed
+
+
+def _progress(items: Sequence[Any], what: str) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, console=Console(stderr=True), disable=len(items) < 20)
+
+
+def _plan(config: Config) -> list[str]:
+    """What a run will reserve and hold, as lines for people."""
+    from memento.config import RlConfig
+    from memento.preflight import kv_bytes_per_token, machine_resources, read_model_config, resource_plan
+
+    if not isinstance(config, RlConfig):
+        steps = sum(phase.steps for phase in config.phases)
+        length = f"{steps} steps" if steps else f"{config.epochs:g} epochs"
+        tokens = config.batch_size * config.max_length
+        return [f"SFT {config.stage}: {length} of {config.batch_size} traces (at most {tokens:,} tokens a step)"]
+    there = machine_resources()
+    plan = resource_plan(config, gpus_there=there["GPU"])
+    lines = ["Actors:"]
+    lines += [f"  {a.count} × {a.kind:<13} {a.count * a.cpus:g} CPU, {a.count * a.gpus:g} GPU" for a in plan.actors]
+    lines.append(
+        f"  together {plan.cpus:g} CPU and {plan.gpus:g} GPU; this machine has {there['CPU']:g} and {there['GPU']:g}"
+    )
+    sequences = config.groups_per_step * config.group_size
+    lines.append(
+        f"Each step: {config.groups_per_step} problems × {config.group_size} completions = {sequences:,}, "
+        f"at most {sequences * config.sampling.max_tokens:,} completion tokens"
+    )
+    model_config = Path(config.model) / "config.json"
+    per_token = (
+        kv_bytes_per_token(read_model_config(Path(config.model)), config.rollout.dtype)
+        if model_config.is_file()
+        else None
+    )
+    if per_token is None:
+        lines.append(f"KV cache: unknown until {config.model} is there")
+    else:
+        full = per_token * config.sampling.max_tokens / 2**20
+        pool = config.rollout.kv_cache_mib
+        fits = f"; the pool of {pool} MiB holds {pool / full:.1f} of them at full length" if pool else ""
+        lines.append(
+            f"KV cache: {per_token:,} bytes a token, {full:,.1f} MiB for a whole completion without eviction{fits}"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except UserError as error:
+        # Out of a Ray task it arrives wrapped, with a remote traceback as its text.
+        cause = getattr(error, "cause", None)
+        typer.echo(f"error: {cause if isinstance(cause, UserError) else error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
