@@ -9,16 +9,22 @@ import torch
 
 from memento.format import MementoFormat, visible_until
 from memento.kernels import Visibility, memento_attention
+from memento.kernels.attention import attend
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
 TRACE = [9, 9, 1, 7, 7, 7, 2, 3, 8, 4, 1, 6, 6, 2, 3, 5, 4, 9, 9]  # evicts 3..6 before 10 and 11..13 before 17
 UNTIL = torch.from_numpy(visible_until(TRACE, FMT, 2))
 
 
-def qkv(rows: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
+def qkv(
+    rows: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(rows, 4, tokens, 8), (rows, 2, tokens, 8), (rows, 2, tokens, 8)]
-    return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, tokens, 8, generator=generator, dtype=dtype, requires_grad=True)
+
+    return draw(4), draw(2), draw(2)
 
 
 def random_visibility(rows: int, tokens: int, seed: int) -> dict[str, torch.Tensor]:
@@ -34,12 +40,12 @@ def random_visibility(rows: int, tokens: int, seed: int) -> dict[str, torch.Tens
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("given", [(), ("lowest_visible",), ("document",), ("lowest_visible", "document")])
 def test_sdpa_equals_dense_in_output_and_gradient(seed: int, rows: int, given: tuple[str, ...]) -> None:
-    inputs = qkv(rows, 33, seed=seed)
+    inputs = q, k, v = qkv(rows, 33, seed=seed)
     vectors = {k: v for k, v in random_visibility(rows, 33, seed).items() if k == "visible_until" or k in given}
     weight = torch.randn(rows, 4, 33, 8, generator=torch.Generator().manual_seed(seed))
     out, gradients = {}, {}
     for name in ("dense", "sdpa"):
-        out[name] = memento_attention(inputs[0], inputs[1], inputs[2], **vectors, implementation=name)
+        out[name] = attend(q, k, v, Visibility(**vectors), implementation=name)
         gradients[name] = torch.autograd.grad((out[name] * weight).sum(), inputs)
     assert torch.allclose(out["dense"], out["sdpa"], atol=1e-5)
     for dense, sdpa in zip(gradients["dense"], gradients["sdpa"], strict=True):
