@@ -111,7 +111,7 @@ def test_override_config_checks_as_load_does(tmp_path: Path) -> None:
 
 
 def test_sft_needs_data_or_generated_phases(tmp_path: Path) -> None:
-    tree = {"kind": "sft", "stage": "stage1", "out": "o"}
+    tree: dict[str, object] = {"kind": "sft", "stage": "stage1", "out": "o"}
     with pytest.raises(UserError, match="give `data`"):
         load_config(write(tmp_path, tree))
     tree["phases"] = [{"steps": 3, "problems": {"min_terms": 2, "max_terms": 3}}]

@@ -216,7 +216,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("unk", [None, 0])
 def test_from_tokenizer_names_what_is_missing(unk: int | None) -> None:
-    full = dict(zip(DELIMITERS, (10, 11, 12, 13), strict=True))
+    full: dict[str, int] = dict(zip(DELIMITERS, (10, 11, 12, 13), strict=True))
     fmt = MementoFormat.from_tokenizer(Tokenizer(full, unk), evict_delimiters=False, max_block_tokens=5)
     assert fmt.delimiter_ids == (10, 11, 12, 13) and fmt.max_block_tokens == 5
     del full["<|summary_end|>"]
