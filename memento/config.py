@@ -212,6 +212,15 @@ class LearnerConfig(Section):
     start_timeout_s: float = Field(default=600, gt=0)
     step_timeout_s: float = Field(default=7200, gt=0)
 
+    @model_validator(mode="after")
+    def _accumulates_in_fp32(self) -> Self:
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError(
+                "zero_stage 0 adds up gradients of microbatches in bfloat16, so the packing would change the result. "
+                "Use zero_stage 1 (on one rank it costs nothing) or dtype float32"
+            )
+        return self
+
 
 class EvalConfig(Section):
     """Evaluation during training, on the engines, under eviction."""

@@ -1,0 +1,277 @@
+"""The learner, seen from the driver: a handle over one Ray actor per DeepSpeed rank.
+
+    learner = Learner(config)
+    stats   = learner.step(assemble(groups, config, fmt))
+    update  = learner.export_weights(folder, version)
+
+Every call reaches all ranks, has a deadline, and names its stage when a rank dies, hangs or refuses. After such a
+failure the ranks are gone: what they held may be half a step, so the way on is the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memento.config import RlConfig
+from memento.errors import UserError
+from memento.rl.batch import TrainBatch
+from memento.rl.learner_rank import LearnerRank, NonFiniteError, RankInfo, RankStats, Tally
+from memento.rollout.weights import WeightUpdate
+
+CHECKPOINT_FOLDER = "learner"
+"""Where the learner's part of a checkpoint lies inside the checkpoint's folder."""
+
+FAILED_BATCH = "failed_batch.pt"
+"""In the run folder: the batch that gave a loss that is no number."""
+
+
+class LearnerError(RuntimeError):
+    """A rank died, hung or failed. The message names the stage and the rank. The learner is closed."""
+
+
+class NonFiniteLoss(LearnerError):
+    """The loss or the gradient is NaN or infinite. The message names the file that the batch was saved to."""
+
+
+class Learner:
+    """Trains one policy on `config.learner.ranks` ranks.
+
+    Args:
+        config: the run. `model`, `learner` and `algorithm` are read; `out` is where a failed batch is saved.
+
+    Raises:
+        UserError: the model cannot be trained, or the cluster lacks the resources.
+        LearnerError: the ranks did not come up in `learner.start_timeout_s`.
+
+    Attributes:
+        parameters: how many the policy has.
+        start_s: seconds until all ranks were ready.
+    """
+
+    def __init__(self, config: RlConfig) -> None:
+        import ray
+
+        started = time.monotonic()
+        self._config = config
+        self._ranks: list[Any] = []
+        learner = config.learner
+        device = _device(learner.device, ray.cluster_resources())
+        options = {"num_cpus": learner.cpus, "num_gpus": float(device == "cuda"), "max_restarts": 0}
+        _check_resources(learner.ranks, options, ray.cluster_resources())
+        actor: Any = ray.remote(LearnerRank)
+        self._ranks = [actor.options(**options).remote(config, rank, device) for rank in range(learner.ranks)]
+        nodes = self._call("placement", "node", timeout_s=learner.start_timeout_s)
+        address, port = nodes[0]
+        if len({node for node, _ in nodes}) == 1:
+            address = "127.0.0.1"  # needs no name resolution, which containers often lack
+        left_s = max(1.0, learner.start_timeout_s - (time.monotonic() - started))
+        infos: list[RankInfo] = self._call("start", "start", address, port, timeout_s=left_s)
+        self.parameters = infos[0].parameters
+        self._identity = infos[0].identity
+        self.start_s = time.monotonic() - started
+
+    def step(self, batch: TrainBatch) -> dict[str, float]:
+        """One RL step: an optimiser step for each minibatch.
+
+        Returns:
+            Over the step's loss tokens: ``loss`` and ``grad_norm`` (means over minibatches), ``lr``, ``entropy``,
+            ``ratio/{min, mean, max}``, ``clip/{low_fraction, high_fraction}``, ``advantage/{min, max}``,
+            ``kl_reference`` (k3; only with ``algorithm.kl_coef`` > 0), ``loss_tokens``, and the truncated importance
+            sampling weights' ``mismatch/weight_mean`` and ``mismatch/capped_fraction``. Over all sampled tokens, the
+            sampler against the learner's weights before the step: ``mismatch/kl_mean`` and ``mismatch/kl_max`` (k3),
+            ``mismatch/max_abs_logprob_diff``. Beside them ``optimizer_steps`` (since the start of the run),
+            ``skipped_minibatches`` (all tokens masked), ``learner/{seconds, tokens_per_s}``. A metric without tokens is
+            left out.
+
+        Raises:
+            NonFiniteLoss: the loss or gradient is NaN or infinite; the batch is saved in the run folder.
+            LearnerError: a rank died, hung or failed.
+        """
+        import ray
+
+        started = time.monotonic()
+        if any(len(m.ranks) != len(self._ranks) for m in batch.minibatches):
+            raise ValueError(f"the batch was not assembled for {len(self._ranks)} ranks")
+        shares = [ray.put(batch.for_rank(rank)) for rank in range(len(self._ranks))]
+        references = [
+            actor.step.remote(share, batch.temperature) for actor, share in zip(self._ranks, shares, strict=True)
+        ]
+        try:
+            stats: list[RankStats] = self._collect("step", references, self._config.learner.step_timeout_s)
+        except NonFiniteError as error:
+            file = Path(self._config.out) / FAILED_BATCH
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(batch, file)
+            raise NonFiniteLoss(
+                f"{error}. Training stopped before the weights were saved; the batch is in {file}, and the last "
+                "checkpoint is intact."
+            ) from error
+        seconds = time.monotonic() - started
+        return merge_stats(stats) | {
+            "loss_tokens": float(sum(m.loss_tokens for m in batch.minibatches)),
+            "learner/seconds": seconds,
+            "learner/tokens_per_s": batch.tokens / seconds,
+        }
+
+    def logprobs(self, batch: TrainBatch) -> list[list[list[torch.Tensor]]]:
+        """Log-probabilities under the current weights, shaped like the batch: minibatch, rank, microbatch, fp32 [T].
+
+        0 at the first token of each document, which has no distribution.
+        """
+        limit = self._config.learner.step_timeout_s
+        return [
+            self._collect(
+                "logprobs",
+                [
+                    actor.logprobs.remote(rows, batch.temperature)
+                    for actor, rows in zip(self._ranks, minibatch.ranks, strict=True)
+                ],
+                limit,
+            )
+            for minibatch in batch.minibatches
+        ]
+
+    def export_weights(self, folder: str | Path, version: int) -> WeightUpdate:
+        """Write the current weights for the engines; see `memento.rollout.weights`."""
+        updates = self._call("export_weights", "export_weights", str(folder), version)
+        return next(update for update in updates if update is not None)
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, optimiser, step count and random states into ``folder/learner``."""
+        target = Path(folder) / CHECKPOINT_FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        self._call("save", "save", str(target))
+
+    def load(self, folder: str | Path) -> None:
+        """Go on exactly where `save` left off.
+
+        Raises:
+            UserError: no checkpoint, a torn one, or one of another model, number of ranks, ZeRO stage or dtype.
+        """
+        source = Path(folder) / CHECKPOINT_FOLDER
+        try:
+            saved = json.loads((source / "identity.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is not a complete checkpoint: {error}.") from error
+        names = {"ranks": "learner.ranks", "zero_stage": "learner.zero_stage", "dtype": "learner.dtype"}
+        for key, here in asdict(self._identity).items():
+            if saved.get(key) != here:
+                what = f"{names[key]} = {saved.get(key)}, this run has {here}" if key in names else "another model"
+                raise UserError(f"the checkpoint {folder} was written with {what}.")
+        self._call("load", "load", str(source))
+
+    def save_hf(self, folder: str | Path) -> Path:
+        """Write a plain Hugging Face folder: safetensors, config, generation config, tokenizer, chat template.
+
+        A folder that is there already is replaced once the new one is complete.
+        """
+        from memento.rl.checkpoint import replace_folder
+
+        with replace_folder(Path(folder)) as aside:
+            self._call("save_hf", "save_hf", str(aside))
+        return Path(folder)
+
+    def close(self) -> None:
+        """End the ranks. Calling it again does nothing."""
+        import ray
+
+        ranks, self._ranks = self._ranks, []
+        for actor in ranks:
+            ray.kill(actor)
+
+    def _call(self, stage: str, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
+        references = [getattr(actor, method).remote(*arguments) for actor in self._ranks]
+        return self._collect(stage, references, timeout_s or self._config.learner.step_timeout_s)
+
+    def _collect(self, stage: str, references: Sequence[Any], timeout_s: float) -> list[Any]:
+        """The answers of all ranks. The first failure ends the rest: they may wait for the failed one for ever."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        if not references:
+            raise LearnerError(f"the learner was asked for {stage}, but it is closed")
+        deadline = time.monotonic() + timeout_s
+        waiting = list(references)
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+                if not done:
+                    late = ", ".join(str(references.index(reference)) for reference in waiting)
+                    raise LearnerError(f"learner rank {late} did not finish {stage} within {timeout_s:g} s")
+                for reference in done:
+                    rank = references.index(reference)
+                    try:
+                        ray.get(reference)
+                    except RayTaskError as error:
+                        if isinstance(error.cause, UserError | NonFiniteError):
+                            raise error.cause from None
+                        raise LearnerError(f"learner rank {rank} failed during {stage}: {error.cause!r}") from error
+                    except RayActorError as error:
+                        raise LearnerError(f"learner rank {rank} died during {stage}: {error}") from error
+            return ray.get(list(references))
+        except BaseException:
+            self.close()
+            raise
+
+
+def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
+    """The metrics of one step from what each rank reports; see `Learner.step`."""
+    tallies: dict[str, Tally] = {}
+    for stats in ranks:
+        for name, tally in stats.tallies.items():
+            tallies.setdefault(name, Tally()).merge(tally)
+    first = ranks[0]
+    metrics: dict[str, float] = {
+        "optimizer_steps": first.optimizer_steps,
+        "skipped_minibatches": first.skipped_minibatches,
+    }
+    if first.losses:
+        losses = [sum(shares) for shares in zip(*(stats.losses for stats in ranks), strict=True)]
+        metrics |= {"loss": sum(losses) / len(losses), "lr": first.lr}
+        metrics["grad_norm"] = sum(first.grad_norms) / len(first.grad_norms)
+    means = {
+        "entropy": "entropy",
+        "ratio": "ratio/mean",
+        "clip_low": "clip/low_fraction",
+        "clip_high": "clip/high_fraction",
+        "kl_reference": "kl_reference",
+        "mismatch/kl": "mismatch/kl_mean",
+        "mismatch/weight": "mismatch/weight_mean",
+        "mismatch/capped": "mismatch/capped_fraction",
+    }
+    lows = {"ratio": "ratio/min", "advantage": "advantage/min"}
+    highs = {
+        "ratio": "ratio/max",
+        "advantage": "advantage/max",
+        "mismatch/kl": "mismatch/kl_max",
+        "mismatch/abs_logprob_diff": "mismatch/max_abs_logprob_diff",
+    }
+    for name, tally in tallies.items():
+        for names, value in ((means, tally.mean), (lows, tally.low), (highs, tally.high)):
+            if name in names and math.isfinite(value):
+                metrics[names[name]] = value
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _device(wanted: str, resources: Mapping[str, float]) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if resources.get("GPU", 0) >= 1 else "cpu"
+
+
+def _check_resources(ranks: int, each: Mapping[str, float], there: Mapping[str, float]) -> None:
+    """A pending actor waits for ever, without a word."""
+    for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        if ranks * each[key] > there.get(name, 0):
+            raise UserError(
+                f"{ranks} learner ranks need {ranks * each[key]:g} {name}, the Ray cluster has {there.get(name, 0):g} "
+                "in total. Lower learner.ranks or learner.cpus, or start a larger cluster."
+            )
