@@ -127,6 +127,9 @@ def evaluate(
     max_tokens: MaxTokens = 31_744,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON here.")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option("--trajectories", help="Write the scored groups as JSONL, for `memento view`.")
+    ] = None,
     settings: Set = None,
 ) -> None:
     """Accuracy (pass@1, pass@k, maj@k) and what the KV cache costs: peak, area, compression.
@@ -142,7 +145,16 @@ def evaluate(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
     result = evaluate_model(
-        model, tasks, sampling, samples=samples, seed=seed, evict=evict, rollout=engine.rollout, fmt=engine.format
+        model,
+        tasks,
+        sampling,
+        samples=samples,
+        seed=seed,
+        evict=evict,
+        rollout=engine.rollout,
+        fmt=engine.format,
+        rewards=engine.rewards,
+        trajectories=trajectories,
     )
     _console().print(result_table(result))
     if out is not None:
@@ -167,20 +179,29 @@ def generate(
 ) -> None:
     """Sample completions to a JSONL file, with log-probabilities, evictions and KV statistics; no learner.
 
+    Run again, it generates only what the file lacks.
+
     Example: `memento generate runs/rl/hf --problems held_out.jsonl --samples 8 --out rollouts.jsonl`
     """
     from memento.problems import load_problems
     from memento.rollout.generate import generate_file
     from memento.trajectory import SamplingParams
 
-    _refuse_existing(out)
     tasks = load_problems(problems, limit=limit)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
-    count = generate_file(
-        model, tasks, out, sampling, samples=samples, seed=seed, evict=evict, rollout=engine.rollout, fmt=engine.format
+    result = generate_file(
+        model,
+        tasks,
+        samples,
+        out,
+        sampling,
+        rollout=engine.rollout.model_copy(update={"evict": evict}),
+        format=engine.format,
+        seed=seed,
     )
-    typer.echo(f"{count} trajectories: {out}")
+    before = f", {result.skipped} were there" if result.skipped else ""
+    typer.echo(f"{result.generated} trajectories, {result.tokens:,} tokens, {result.seconds:.1f} s{before}: {out}")
 
 
 @app.command()
@@ -247,6 +268,7 @@ def view(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of an RL run.")],
     out: Annotated[Path, typer.Option("--out", help="The Hugging Face folder to write.")],
+    step: Annotated[int | None, typer.Option("--step", min=0, help="This checkpoint, not the finished model.")] = None,
 ) -> None:
     """A plain Hugging Face folder that transformers and vLLM load: weights, tokenizer, chat template, model card.
 
@@ -254,7 +276,7 @@ def export(
     """
     from memento.rl.export import export_run
 
-    typer.echo(f"model: {export_run(run, out)}")
+    typer.echo(f"model: {export_run(run, out, step)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -336,10 +358,10 @@ def _refuse_existing(out: Path | None) -> None:
 
 
 def _engine_config(settings: Sequence[str] | None) -> RlConfig:
-    """The `rollout` and `format` sections as ``--set rollout.engines=2`` change them."""
+    """The `rollout`, `format` and `rewards` sections as ``--set rollout.engines=2`` change them."""
     from memento.config import RlConfig, override_config
 
-    # Only the two sections are read; the rest of the tree just has to be there for the schema.
+    # Only these sections are read; the rest of the tree just has to be there for the schema.
     base = RlConfig.model_validate({"out": "unused", "model": "unused", "problems": {"path": "unused"}})
     changed = override_config(base, settings or (), "--set")
     assert isinstance(changed, RlConfig)

@@ -77,7 +77,7 @@ HEADLINE: tuple[tuple[str, str, str], ...] = (
     ("grad", "train/grad_norm", ".2f"),
     ("KL engine", "mismatch/kl_mean", ".1e"),
     ("tokens", "length/completion_mean", ".0f"),
-    ("KV saved", "kv/peak_ratio", ".2f"),
+    ("peak KV ÷", "kv/peak_ratio", ".2f"),
 )
 """Label, metric and format of what the progress line of a step shows, where the metric is there."""
 
@@ -100,6 +100,7 @@ class Run:
         folder: where it lives.
         resumed: whether it goes on in a folder that an earlier process made.
         console: where a person watches; plain text when it is no terminal.
+        total_steps: the last step, for the progress line; None where it is not known (yet).
     """
 
     def __init__(self, config: Config, folder: Path, *, resumed: bool, tracker: _Tracker) -> None:
@@ -107,6 +108,7 @@ class Run:
         self.folder = folder
         self.resumed = resumed
         self.console = Console(soft_wrap=True, highlight=False)
+        self.total_steps: int | None = config.steps if isinstance(config, RlConfig) else None
         self._tracker = tracker
         self._metrics = folder / "metrics.jsonl"
         self._rollouts = folder / "rollouts.jsonl"
@@ -266,7 +268,7 @@ class Run:
     # ------------------------------------------------------------------------------------------ inside
 
     def _progress(self, step: int, row: dict[str, float]) -> str:
-        steps = self.config.steps if isinstance(self.config, RlConfig) else None
+        steps = self.total_steps
         parts = [f"step {step}" + (f"/{steps}" if steps else "")]
         parts += [f"{label} {row[name]:{spec}}" for label, name, spec in HEADLINE if name in row]
         parts.append(f"{row['seconds/step']:.1f} s")
