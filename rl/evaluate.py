@@ -14,15 +14,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import Field
 
+from memento.config import FormatConfig, RewardsConfig, RolloutConfig
 from memento.errors import UserError
 from memento.format import MementoFormat, Trace, kv_profile, parse
 from memento.problems import Problem, Record
-from memento.trajectory import Outcome, RewardResult, RolloutRequest, SamplingParams, ScoredGroup, Trajectory
+from memento.trajectory import (
+    Outcome,
+    RewardResult,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    Trajectory,
+    append_jsonl,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -395,6 +406,82 @@ def evaluate(
         model=model,
     )
     return result, groups
+
+
+def evaluate_model(
+    model: str,
+    problems: Sequence[Problem],
+    sampling: SamplingParams,
+    *,
+    samples: int,
+    seed: int,
+    evict: bool = True,
+    rollout: RolloutConfig | None = None,
+    fmt: FormatConfig | None = None,
+    rewards: RewardsConfig | None = None,
+    trajectories: Path | None = None,
+) -> EvalResult:
+    """``memento evaluate``: start engines and verifiers, evaluate with a progress bar on stderr, stop them.
+
+    Args:
+        model: Hugging Face folder or hub id.
+        rollout, fmt, rewards: how engines, eviction and verifiers are set up; None for the defaults.
+        trajectories: also write the scored groups there (JSONL), for `memento view`.
+
+    Raises:
+        UserError: no such model, no delimiters in its tokenizer, too few resources, a problem nobody could solve.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from memento.cluster import connect, disconnect
+    from memento.preflight import check_model, check_vllm_version, load_tokenizer
+    from memento.rewards.pool import RewardPool
+    from memento.rollout.pool import RolloutPool
+
+    if trajectories is not None and trajectories.exists():
+        raise UserError(f"{trajectories} exists already and is not overwritten.")
+    check_vllm_version()
+    check_model(model)
+    config = fmt or FormatConfig()
+    bound = config.bind(load_tokenizer(model))
+    connect()
+    try:
+        with ExitStack() as parts:
+            verifiers = RewardPool(rewards or RewardsConfig())
+            parts.callback(verifiers.close)
+            verifiers.check(problems)
+            engines = RolloutPool(rollout or RolloutConfig(), config, model)
+            parts.callback(engines.close)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            progress = parts.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+            bar, right, done = progress.add_task("evaluating", total=len(problems)), 0, 0
+
+            def advance(group: ScoredGroup) -> None:
+                nonlocal right, done
+                right += sum(r.outcome is Outcome.CORRECT for r in group.rewards)
+                done += sum(r.score is not None for r in group.rewards)
+                so_far = f", {right / done:.1%} right so far" if done else ""
+                progress.update(bar, advance=1, description=f"evaluating{so_far}")
+
+            result, groups = evaluate(
+                engines,
+                verifiers,
+                problems,
+                sampling,
+                fmt=bound,
+                samples=samples,
+                seed=seed,
+                evict=evict,
+                progress=advance,
+                model=model,
+            )
+    finally:
+        disconnect()
+    if trajectories is not None:
+        trajectories.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(groups, trajectories)
+    return result
 
 
 def result_table(result: EvalResult) -> Table:
