@@ -2,4 +2,11 @@
 
 from memento.links import package
 
-__path__, __getattr__ = package(__file__, score="memento.rewards.foo")
+__path__, __getattr__ = package(
+    __file__,
+    score="memento.rewards.scoring",
+    check_gold="memento.rewards.scoring",
+    check_golds="memento.rewards.scoring",
+    Scorer="memento.rewards.scoring",
+    RewardPool="memento.rewards.pool",
+)

@@ -1,0 +1,5 @@
+from memento.rewards.pool import RewardPool as RewardPool
+from memento.rewards.scoring import Scorer as Scorer
+from memento.rewards.scoring import check_gold as check_gold
+from memento.rewards.scoring import check_golds as check_golds
+from memento.rewards.scoring import score as score

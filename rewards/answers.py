@@ -1,0 +1,178 @@
+r"""Finds the final answer in a completion: what the model *said*, before anybody asks whether it is right.
+
+Order, first hit wins: the last ``\boxed{...}``; a "final answer" phrase (``The answer is ...``, ``Answer: ...``,
+``#### ...``); the last formula or number near the end. Everything here is linear in the length of the text, so a
+completion of a megabyte takes milliseconds, and no regular expression backtracks over more than one line.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import NamedTuple
+
+THINK_END = "</think>"
+
+LAST_EXPRESSION_WINDOW_CHARS = 4000
+"""The last-expression fallback reads only the end: a number 100 KB before the end is no answer."""
+
+PHRASE_ANSWER_CHARS = 500
+"""An answer announced by a phrase is on the same line and not longer than this."""
+
+
+class AnswerSource(StrEnum):
+    """How the answer was found."""
+
+    BOXED = "boxed"
+    PHRASE = "phrase"
+    LAST_EXPRESSION = "last_expression"
+
+
+class Answer(NamedTuple):
+    """A final answer as the completion spells it (`text`, without the box or the phrase)."""
+
+    text: str
+    source: AnswerSource
+
+
+def visible_answer_text(completion: str) -> str:
+    """The part after the last ``</think>``; all of it if the completion never closes its thinking."""
+    return completion.rpartition(THINK_END)[2]
+
+
+def find_answer(completion: str) -> Answer | None:
+    """The final answer of a completion, or None where there is nothing that reads as one."""
+    text = visible_answer_text(completion)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return Answer(boxed, AnswerSource.BOXED)
+    phrase = last_announced(text)
+    if phrase is not None:
+        return Answer(phrase, AnswerSource.PHRASE)
+    expression = last_expression(text)
+    if expression is not None:
+        return Answer(expression, AnswerSource.LAST_EXPRESSION)
+    return None
+
+
+_BOX_OR_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,200})")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the closed, non-empty ``\boxed{...}`` that opens last. Braces nest; ``\{`` does not count.
+
+    ``\boxed{\boxed{3}}`` gives ``3``; a box cut off by the length limit is not an answer. Also ``\fbox{}`` and the
+    brace-less ``\boxed 3``.
+    """
+    open_braces: list[int | None] = []  # where the content of each open box starts; None for a plain brace
+    best: tuple[int, int] | None = None
+    for match in _BOX_OR_BRACE.finditer(text):
+        token = match.group()
+        if match["box"]:
+            open_braces.append(match.end())
+        elif token == "{":
+            open_braces.append(None)
+        elif token == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None and (best is None or start > best[0]) and text[start : match.start()].strip():
+                best = (start, match.start())
+    if best is not None:
+        return text[best[0] : best[1]].strip()
+    bare = [match[1].rstrip(".,;") for match in _BARE_BOX.finditer(text)]
+    return (bare[-1] or None) if bare else None
+
+
+_ANNOUNCED = re.compile(
+    r"""
+    \#\#\#\#[ \t]*                                                             # GSM8K
+    | (?i:\b(?:final[ \t]+)?answer\b) [ \t*_]* (?:[:=]|(?i:\bis\b)[ \t*_]*:?) [ \t]*
+    """,
+    re.VERBOSE,
+)
+_MATH_SPAN = re.compile(
+    r"\$\$(?P<a>[^$]{1,4000})\$\$|\$(?P<b>[^$\n]{1,2000})\$"
+    r"|\\\((?P<c>(?:[^\\]|\\(?!\))){1,2000})\\\)|\\\[(?P<d>(?:[^\\]|\\(?!\])){1,4000})\\\]"
+)
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|[;!?](?=\s|$)")
+
+
+def last_announced(text: str) -> str | None:
+    """What follows the last phrase such as "the final answer is", up to the end of its sentence."""
+    for match in reversed(list(_ANNOUNCED.finditer(text))):
+        answer = _clean_announced(_first_line(text, match.end()))
+        if answer:
+            return answer
+    return None
+
+
+def _first_line(text: str, start: int) -> str:
+    """The line at `start`; where that is empty (``Answer:`` above a displayed formula), the next one that is not."""
+    window = text[start : start + PHRASE_ANSWER_CHARS].lstrip(" \t*_:\n")
+    if window.startswith(("$$", "\\[")):
+        return window
+    return window.split("\n", 1)[0]
+
+
+def _clean_announced(line: str) -> str:
+    line = line.strip().strip("*_` ").strip()
+    span = _MATH_SPAN.match(line)
+    if span:
+        return _span_content(span)
+    end = _SENTENCE_END.search(line)
+    if end:
+        line = line[: end.start()]
+    inner = _MATH_SPAN.search(line)  # "answer is the number $3$"
+    if inner:
+        return _span_content(inner)
+    return line.strip().strip("*_` ").rstrip(".,;")
+
+
+def _span_content(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None).strip()
+
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[ ]?/[ ]?\d+)?(?:[eE][-+]?\d+)?(?:[ ]?\\?%)?"
+)
+
+
+def last_expression(text: str) -> str | None:
+    r"""The last ``$...$``, ``\(...\)``, ``\[...\]`` or number in the final characters of the text."""
+    tail = text[-LAST_EXPRESSION_WINDOW_CHARS:]
+    best: tuple[int, str] | None = None
+    for match in _MATH_SPAN.finditer(tail):
+        if _span_content(match):
+            best = (match.end(), _span_content(match))
+    for match in _NUMBER.finditer(tail):
+        if match.group().strip() and (best is None or match.start() >= best[0]):
+            best = (match.end(), match.group().strip())
+    return best[1] if best else None
+
+
+_FENCE_LINE = re.compile(r"[ \t]{0,8}```[ \t]*([\w+#.-]{0,40})[^`]{0,200}")
+_PYTHON = {"python", "python3", "py"}
+
+
+def find_program(completion: str) -> str | None:
+    """The last closed fence labelled python; without any labelled fence, the last unlabelled one; else None.
+
+    Several fences are usual (drafts, usage examples), the last one is the answer. A fence that the length limit cut
+    off is no answer, and a program in another language is not one either.
+    """
+    fences: list[tuple[str, str]] = []
+    label: str | None = None
+    body: list[str] = []
+    for line in visible_answer_text(completion).split("\n"):
+        match = _FENCE_LINE.fullmatch(line)
+        if match and label is None:
+            label, body = match[1].lower(), []
+        elif label is not None and line.strip() == "```":
+            fences.append((label, "\n".join(body) + "\n"))
+            label = None
+        elif label is not None:
+            body.append(line)
+    labelled = [label for label, _ in fences if label]
+    wanted = _PYTHON if labelled else {""}
+    programs = [body for label, body in fences if label in wanted and body.strip()]
+    return programs[-1] if programs else None
