@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -26,10 +26,10 @@ CSS = """
 .chart .title{fill:var(--ink);font-weight:600}
 .chart .grid{stroke:var(--rule);stroke-width:1;shape-rendering:crispEdges}
 .chart .axis{stroke:var(--muted);stroke-width:1;shape-rendering:crispEdges}
-.chart .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.chart .faint{stroke-width:1.5;stroke-dasharray:4 4}
+.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.faint{stroke-width:1.5;stroke-dasharray:4 4}
 .chart .dot{stroke:var(--paper);stroke-width:1.5}
-.chart .c0{stroke:var(--c0)} .chart .c1{stroke:var(--c1)} .chart .c2{stroke:var(--c2)} .chart .c3{stroke:var(--muted)}
+.c0{stroke:var(--c0)} .c1{stroke:var(--c1)} .c2{stroke:var(--c2)} .c3{stroke:var(--muted)}
 .chart .f0{fill:var(--c0)} .chart .f1{fill:var(--c1)} .chart .f2{fill:var(--c2)} .chart .f3{fill:var(--muted)}
 .chart .area{fill:var(--c0);opacity:.14;stroke:none}
 .chart .drop{stroke:var(--c1);stroke-width:1;stroke-dasharray:2 2}
@@ -56,6 +56,10 @@ class Series:
     line: bool = True
     dots: bool = False
     faint: bool = False
+
+    def positive(self) -> Series:
+        """The same line without the values that a logarithmic axis cannot show."""
+        return replace(self, y=[y if y is not None and y > 0 else None for y in self.y])
 
     def points(self) -> list[tuple[float, float]]:
         """The points that have a finite value."""
@@ -95,19 +99,21 @@ def line_chart(
     y_label: str,
     y_range: tuple[float | None, float | None] = (None, None),
     wide: int = WIDE,
-    percent: bool = False,
+    log: bool = False,
 ) -> str:
     """A line chart with axes, grid, units and a legend; empty text if no series has a point.
 
     Args:
         y_range: fixed ends of the y axis, None to follow the data.
         wide: width of the wide drawing in CSS pixels.
-        percent: label the y axis in percent of 1.
+        log: a logarithmic y axis; values that are not positive are left out.
     """
-    drawn = [s for s in series if s.points()]
+    drawn = [s for s in (s.positive() if log else s for s in series) if s.points()]
     if not drawn:
         return ""
-    return both_widths(lambda width: _line_chart(drawn, x_label, y_label, y_range, width, percent), wide)
+    named = [(s.name, s.colour, s.faint) for s in drawn]
+    drawing = both_widths(lambda width: _line_chart(drawn, x_label, y_label, y_range, width, log), wide)
+    return drawing + (legend(named) if len(named) > 1 else "")
 
 
 def _line_chart(
@@ -116,34 +122,27 @@ def _line_chart(
     y_label: str,
     y_range: tuple[float | None, float | None],
     width: int,
-    percent: bool,
+    log: bool,
 ) -> str:
+    scale = Log10() if log else Linear()
     points = [p for s in series for p in s.points()]
     y_low = y_range[0] if y_range[0] is not None else min(y for _, y in points)
     y_high = y_range[1] if y_range[1] is not None else max(y for _, y in points)
-    frame = Frame.around(
-        [x for x, _ in points],
-        y_low,
-        y_high,
-        width=width,
-        height=250,
-        label=lambda v: f"{100 * v:g}%" if percent else number(v),
-    )
+    frame = Frame.around([x for x, _ in points], y_low, y_high, width=width, height=250, scale=scale)
     body = [frame.axes(x_label, y_label)]
     for s in series:
         path = " ".join(f"{'L' if i else 'M'}{frame.x(x):.1f},{frame.y(y):.1f}" for i, (x, y) in enumerate(s.points()))
         if s.line and len(s.points()) > 1:
             body.append(f'<path class="line c{s.colour}{" faint" if s.faint else ""}" d="{path}"/>')
-        radius = 4 if s.dots else 7  # without dots, an invisible target for the tooltip
-        style = f'class="dot f{s.colour}"' if s.dots or len(s.points()) == 1 else 'fill="transparent"'
+        shown = s.dots or len(s.points()) == 1
         for x, y in s.points():
-            value = f"{100 * y:.1f} %" if percent else f"{y:.4g}"
+            # Without dots, an invisible target for the tooltip.
+            style = f'class="dot f{s.colour}" r="4"' if shown else 'fill="transparent" r="7"'
             body.append(
-                f'<circle {style} cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}">'
-                f"<title>{escape(s.name)}: {value} at {escape(x_label)} {number(x)}</title></circle>"
+                f'<circle {style} cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}">'
+                f"<title>{escape(s.name)}: {y:.4g} at {escape(x_label)} {number(x)}</title></circle>"
             )
-    named = [(s.name, s.colour, s.faint) for s in series if s.name]
-    return frame.svg("".join(body), f"{y_label} over {x_label}") + (legend(named) if len(named) > 1 else "")
+    return frame.svg("".join(body), f"{y_label} over {x_label}")
 
 
 def legend(named: Sequence[tuple[str, int, bool]]) -> str:
@@ -156,6 +155,31 @@ def legend(named: Sequence[tuple[str, int, bool]]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
+class Linear:
+    """A linear y axis."""
+
+    def place(self, value: float) -> float:
+        """Where a value goes, in units that grow evenly on the page."""
+        return value
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Round values that cover the range."""
+        return ticks(low, high, 5)
+
+
+class Log10(Linear):
+    """A logarithmic y axis."""
+
+    def place(self, value: float) -> float:
+        return math.log10(value)
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Powers of ten that cover the range, at most seven."""
+        first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+        stride = max(1, math.ceil((last - first) / 6))
+        return [10.0**e for e in range(first, max(last, first + 1) + stride, stride)]
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """The plot area of a chart: where values go, and its axes."""
@@ -165,9 +189,9 @@ class Frame:
     left: float
     x_ticks: tuple[float, ...]
     y_ticks: tuple[float, ...]
-    label: Callable[[float], str]
     x_low: float
     x_high: float
+    scale: Linear
     top: float = 26
     bottom: float = 40
     right: float = 14
@@ -181,25 +205,26 @@ class Frame:
         *,
         width: int,
         height: int,
-        label: Callable[[float], str] = number,
+        scale: Linear | None = None,
     ) -> Frame:
         """A frame with round ticks around the data."""
-        y_ticks = ticks(y_low, y_high, 5)
+        scale = scale or Linear()
+        y_ticks = scale.ticks(y_low, y_high)
         x_low, x_high = min(xs), max(xs)
         if x_high == x_low:
             x_high = x_low + 1
-        x_ticks = [t for t in ticks(x_low, x_high, max(3, width // 90)) if x_low - 1e-9 <= t <= x_high + 1e-9]
+        x_ticks = [t for t in ticks(x_low, x_high, max(4, width // 90)) if x_low - 1e-9 <= t <= x_high + 1e-9]
         whole = all(float(x).is_integer() for x in xs)
-        left = 14 + 7 * max(len(label(t)) for t in y_ticks)
+        left = 14 + 7 * max(len(number(t)) for t in y_ticks)
         return cls(
             width,
             height,
             left,
             tuple(t for t in x_ticks if not whole or float(t).is_integer()),
             tuple(y_ticks),
-            label,
             x_low,
             x_high,
+            scale,
         )
 
     def x(self, value: float) -> float:
@@ -208,7 +233,7 @@ class Frame:
 
     def y(self, value: float) -> float:
         """Vertical pixel of a value."""
-        low, high = self.y_ticks[0], self.y_ticks[-1]
+        low, high, value = (self.scale.place(v) for v in (self.y_ticks[0], self.y_ticks[-1], value))
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.bottom - self.top)
 
     def axes(self, x_label: str, y_label: str) -> str:
@@ -217,9 +242,7 @@ class Frame:
         parts = [f'<text class="title" x="0" y="12">{escape(y_label)}</text>']
         for t in self.y_ticks:
             parts.append(f'<path class="grid" d="M{self.left:.1f},{self.y(t):.1f}H{right}"/>')
-            parts.append(
-                f'<text x="{self.left - 6:.1f}" y="{self.y(t) + 4:.1f}" text-anchor="end">{self.label(t)}</text>'
-            )
+            parts.append(f'<text x="{self.left - 6:.1f}" y="{self.y(t) + 4:.1f}" text-anchor="end">{number(t)}</text>')
         for t in self.x_ticks:
             parts.append(f'<path class="axis" d="M{self.x(t):.1f},{floor}v4"/>')
             parts.append(f'<text x="{self.x(t):.1f}" y="{floor + 17}" text-anchor="middle">{number(t)}</text>')
@@ -251,7 +274,10 @@ def sawtooth(
         cursor: add a vertical line with class ``cursor`` that a script can move. Each svg then carries ``data-x0``
             and ``data-x1``, the pixels of the first and the last position.
     """
-    return both_widths(lambda width: _sawtooth(resident_T, evictions, prompt_len, width, cursor), FULL_WIDE)
+    peak, total = int(resident_T.max()), len(resident_T)
+    key = [(f"with eviction (peak {peak:,})", 0, False), (f"same tokens without eviction (peak {total:,})", 3, True)]
+    drawing = both_widths(lambda width: _sawtooth(resident_T, evictions, prompt_len, width, cursor), FULL_WIDE)
+    return drawing + legend(key)
 
 
 def _sawtooth(
@@ -294,7 +320,5 @@ def _sawtooth(
     if cursor:
         body.append(f'<path class="cursor" d="M0,{frame.top}V{floor}" transform="translate({frame.x(0):.1f} 0)"/>')
         attributes = f' data-x0="{frame.x(0):.2f}" data-x1="{frame.x(total - 1):.2f}"'
-    peak = int(resident_T.max())
-    described = f"KV sawtooth: peak {peak} resident tokens of {total}, {len(evictions)} evictions"
-    key = [(f"with eviction (peak {peak})", 0, False), (f"same tokens without eviction (peak {total})", 3, True)]
-    return frame.svg("".join(body), described, attributes) + legend(key)
+    described = f"KV sawtooth: peak {int(resident_T.max())} resident tokens of {total}, {len(evictions)} evictions"
+    return frame.svg("".join(body), described, attributes)

@@ -396,29 +396,35 @@ table{border-collapse:collapse;width:100%}.scroll{overflow-x:auto}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;color:var(--muted);font-size:13px}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-tr.key td{font-weight:650}
-.facts td:first-child{color:var(--muted);white-space:nowrap;width:1%}
+tr.key td{font-weight:650}.num.wrap{white-space:normal}
+.facts{margin-top:12px}.facts td:first-child{color:var(--muted);white-space:nowrap;width:1%}
 .facts td{padding:3px 10px 3px 0;border:0;overflow-wrap:anywhere}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;color:var(--muted);font-size:13px;margin-top:6px}
 .legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{flex:none}
-.legend path{fill:none;stroke-width:2}
 .trace{font:13px/1.65 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;border:1px solid var(--rule);border-radius:8px;padding:14px 16px;margin-top:12px}
 .trace span{transition:opacity .12s}
-.trace .prompt{color:var(--c0)}.trace .delimiter{color:var(--muted)}
-.trace .block{background:var(--block-bg)}
-.trace .memento{color:var(--memento);background:var(--memento-bg);font-weight:600}
+.trace-key{margin-top:18px}.trace-key span{padding:0 6px;border-radius:3px}
+.trace-key+.trace{margin-top:8px}
+:is(.trace,.trace-key) .prompt{color:var(--c0)}.trace .delimiter{color:var(--muted)}
+:is(.trace,.trace-key) .block{background:var(--block-bg)}
+:is(.trace,.trace-key) .memento{color:var(--memento);background:var(--memento-bg);font-weight:600}
 .trace .forced{outline:1px solid var(--bad);color:var(--bad)}
-.trace .gone{opacity:.38;text-decoration:line-through;text-decoration-thickness:1px;background:none}
+:is(.trace,.trace-key) .gone{opacity:.42;background:none}
 .trace .later{opacity:.13;background:none}
 .trace .now{outline:2px solid var(--c1);outline-offset:1px;border-radius:2px}
 .time{position:sticky;bottom:0;background:var(--paper);border-top:1px solid var(--rule);padding:10px 0;margin-top:14px}
 .time input{width:100%;accent-color:var(--c0);margin:0}.time output{font-variant-numeric:tabular-nums}
 .warn{border-left:3px solid var(--c1);padding:4px 12px;background:var(--soft)}
+.figures{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:30px 40px}
+figure{margin:14px 0 0}figcaption{margin-bottom:8px;color:var(--muted)}figcaption b{color:var(--ink)}
+.bars td{padding:4px 8px 4px 0;border:0}.bars td:first-child{white-space:nowrap;width:1%;min-width:72px}
+.bar{width:70%}.bar i{display:block;height:12px;min-width:2px;background:var(--c0);border-radius:2px;margin-top:5px}
 pre{background:var(--soft);padding:14px 16px;border-radius:8px;overflow-x:auto;font-size:12.5px;line-height:1.5}
 code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.92em}
 details summary{cursor:pointer;color:var(--muted)}
-@media (max-width:640px){body{padding:18px 14px 48px;font-size:14px}h1{font-size:22px}h2{margin-top:34px}
+@media (max-width:640px){.figures{grid-template-columns:minmax(0,1fr)}
+body{padding:18px 14px 48px;font-size:14px}h1{font-size:22px}h2{margin-top:34px}
 th,td{padding:5px 7px}.trace{padding:10px 11px;font-size:12px}.facts td:first-child{white-space:normal;width:32%}}
 @media print{.time{display:none}}
 """
@@ -486,7 +492,6 @@ def view_page(view: View) -> str:
     t = view.trajectory
     body = (
         f"<h1>Trajectory of {escape(t.problem_id)}</h1>"
-        f'<p class="sub">group {escape(t.group_id)}, sample {t.sample_index}</p>'
         f"{facts_table(view)}<h2>KV cache and trace</h2>{trace_section(view)}"
     )
     return page(f"{t.problem_id} · memento", body)
@@ -523,7 +528,12 @@ def trace_section(view: View) -> str:
         )
     # "<" inside JSON must not end the script element.
     blob = json.dumps({"total": total, "segments": data, "resident": view.resident_T.tolist()}).replace("<", "\\u003c")
-    keys = (("prompt", "prompt"), ("block", "block"), ("block gone", "evicted block"), ("memento", "memento"))
+    keys = (
+        ("prompt", "prompt"),
+        ("block", "block in the cache"),
+        ("gone", "evicted block"),
+        ("memento", "memento"),
+    )
     key = "".join(f'<span class="{name}">{text}</span>' for name, text in keys)
     recorded = "" if view.pieces is not None else f"<h2>Text</h2><pre>{escape(view.trajectory.text)}</pre>"
     return (
