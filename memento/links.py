@@ -1,10 +1,10 @@
 """How `memento/rewards.py` and its like make a package of a linked folder without an `__init__.py` inside it.
 
 The code folders lie at the top of the repository (`rewards/`, `rl/`, ...) and `memento/` links to them, so that
-everything is imported as `memento.rewards`, `memento.rl`, ... An `__init__.py` inside such a folder would also make it importable
-under its flat name, and a top-level package called `kernels` breaks `transformers` wherever Hugging Face's own
-`kernels` is installed. So the package body lives one floor up, in `memento/rewards.py`; the folder itself holds only
-modules and an `__init__.pyi` for type checkers.
+everything is imported as `memento.rewards`, `memento.rl`, ... An `__init__.py` inside such a folder would also make it
+importable under its flat name, and a top-level package called `kernels` breaks `transformers` wherever Hugging Face's
+own `kernels` is installed. So the package body lives one floor up, in `memento/rewards.py`; the folder itself holds
+only modules and an `__init__.pyi` for type checkers.
 """
 
 from __future__ import annotations
