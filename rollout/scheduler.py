@@ -50,6 +50,7 @@ class EvictionMixin(_Base):
         self.eviction = EvictionOptions.of(self.vllm_config)
         self._rejected: dict[str, str] = {}
         self._rejections: list[tuple[int, EngineCoreOutput]] = []
+        self._manager: EvictingManager = manager_of(self.kv_cache_manager.coordinator.single_type_managers)
         manager, pool = self._manager, self.kv_cache_manager.block_pool
         # One page of the pool is vLLM's null page.
         self._page_limit = pool.num_gpu_blocks - 1
@@ -65,10 +66,6 @@ class EvictionMixin(_Base):
             manager.block_size,
         )
 
-    @property
-    def _manager(self) -> EvictingManager:
-        return manager_of(self.kv_cache_manager.coordinator.single_type_managers)
-
     # Requests come and go.
 
     def add_request(self, request: Request) -> None:
@@ -80,7 +77,8 @@ class EvictionMixin(_Base):
             self._rejected[request.request_id] = str(error)
             params = self.eviction.fmt.without_eviction()
             plan = EvictionPlan(RequestControl(params), request.num_prompt_tokens)
-        self._manager.plans[request.request_id] = plan
+        if request.request_id not in self.requests:  # else super() complains, and the first one keeps its plan
+            self._manager.plans[request.request_id] = plan
         super().add_request(request)
 
     def _plan(self, request: Request) -> EvictionPlan:
@@ -150,7 +148,7 @@ class EvictionMixin(_Base):
         compactions = self._compact_due()
         output = super().schedule(*args, **kwargs)
         plans = self._manager.plans
-        # A request preempted by this very call lost its pages, perhaps to another request: its tokens must not move.
+        # A request preempted by this very call has no pages any more, and nothing to move.
         still_held = tuple(c for c in compactions if plans[c.request_id].applied)
         evicted = {
             request_id: plans[request_id].evicted

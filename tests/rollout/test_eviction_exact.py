@@ -100,16 +100,16 @@ def reference_logprobs(model: Qwen3ForCausalLM, token_ids: Sequence[int], limits
 
 def engine(model_dir: str, fmt: MementoFormat, pages: int, **settings: Any) -> LLM:
     page_bytes = LAYERS * 2 * KV_HEADS * HEAD * 4 * PAGE
-    return LLM(
-        model_dir,
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        block_size=PAGE,
-        kv_cache_memory_bytes=pages * page_bytes,
-        **eviction_args(fmt, logits_processors=[Scripted]),
-        **{"max_model_len": 2048, "max_num_seqs": 24, "seed": 0} | settings,
-    )
+    everywhere: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": PAGE,
+        "kv_cache_memory_bytes": pages * page_bytes,
+        "max_model_len": 2048,
+        "max_num_seqs": 24,
+    }
+    return LLM(model_dir, **everywhere | eviction_args(fmt, logits_processors=[Scripted]) | settings)
 
 
 @pytest.fixture(scope="module")
