@@ -14,7 +14,9 @@ What one optimiser step does, on every rank::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -185,7 +187,8 @@ class LearnerRank:
             policy.parameters(), lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay
         )
         # A client optimizer: DeepSpeed's own AdamW is a CUDA extension that it would compile first.
-        self.engine: Any = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+            self.engine: Any = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
         self.policy = policy
         self.optimizer_steps = 0
         shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in policy.model.named_parameters()]

@@ -1,0 +1,390 @@
+"""The learner on its real parts: Ray actors, DeepSpeed, gloo. A Qwen3 of 30 K parameters, fp32.
+
+Learners take seconds to start, so each configuration is started once and put back to its initial checkpoint by every
+test. The optimiser's eps is large on purpose: Adam divides by |gradient|, and with the usual eps a gradient of 1e-12,
+which is rounding, would move a weight as far as a real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memento.errors import UserError
+from memento.format import visible_until
+from memento.rl.advantages import group_advantages
+from memento.rl.batch import assemble
+from memento.rl.learner import FAILED_BATCH, Learner, LearnerError, NonFiniteLoss
+from memento.rl.learner_rank import LearnerRank
+from memento.rollout.weights import read_weights
+from memento.tiny import write_tiny_model
+
+TEMPERATURE = 0.7
+BASE = {
+    "lr": 1e-2,
+    "eps": 1e-3,
+    "betas": (0.9, 0.95),
+    "warmup_steps": 2,
+    "max_grad_norm": 0.05,  # small enough to clip
+    "dtype": "float32",
+    "cpus": 0.5,
+    "start_timeout_s": 200,
+    "step_timeout_s": 100,
+}
+LEARNERS = {
+    "cispo": {"learner": {"ranks": 1, "zero_stage": 1}, "algorithm": {"loss": "cispo"}},
+    "grpo": {
+        "learner": {"ranks": 1, "zero_stage": 0, "gradient_checkpointing": True},
+        "algorithm": {"loss": "grpo", "kl_coef": 0.1, "aggregation": "sequence", "advantage_std": "group"},
+    },
+    "two ranks": {"learner": {"ranks": 2, "zero_stage": 2}, "algorithm": {"loss": "cispo"}},
+    "sharded": {"learner": {"ranks": 2, "zero_stage": 3}, "algorithm": {"loss": "cispo"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("learner")
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Path:
+    size = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    return write_tiny_model(folder / "model", seed=0, **size)
+
+
+@pytest.fixture(scope="module")
+def config_of(make, folder, model):
+    def build(name: str, minibatches: int = 2, micro_batch_tokens: int = 64, groups: int = 4, **learner):
+        sections = LEARNERS[name]
+        learner = BASE | sections["learner"] | learner
+        learner |= {"minibatches": minibatches, "micro_batch_tokens": micro_batch_tokens}
+        return make(
+            "config",
+            folder / "run",
+            model=str(model),
+            groups_per_step=groups,
+            group_size=3,
+            sampling={"temperature": TEMPERATURE},
+            algorithm=sections["algorithm"],
+            learner=learner,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def started(cluster, config_of, folder) -> Iterator[dict[str, Learner]]:
+    with ThreadPoolExecutor() as threads:
+        learners = dict(zip(LEARNERS, threads.map(lambda name: Learner(config_of(name)), LEARNERS), strict=True))
+    for name, learner in learners.items():
+        learner.save(folder / "initial" / name)
+    yield learners
+    for learner in learners.values():
+        learner.close()
+
+
+@pytest.fixture
+def learner_of(started, folder):
+    def reset(name: str) -> Learner:
+        started[name].load(folder / "initial" / name)
+        return started[name]
+
+    return reset
+
+
+@pytest.fixture(scope="module")
+def groups(make):
+    """Twelve traces of uneven length, with log-probabilities near those of the untrained model (uniform over 416)."""
+    made = []
+    for group in make("random_groups", 4, 3, seed=3, logprob_noise=0.3):
+        trajectories = []
+        for t in group.trajectories:
+            nearer = tuple(p + math.log(64 / 416) for p in t.rollout_logprobs)
+            trajectories.append(t.model_copy(update={"rollout_logprobs": nearer, "temperature": TEMPERATURE}))
+        made.append(group.model_copy(update={"trajectories": tuple(trajectories)}))
+    assert any(t.forced for group in made for t in group.trajectories)
+    assert all(len(set(group.scores)) > 1 for group in made[:2])
+    return made
+
+
+def plain_logprobs(model, trajectory, fmt) -> torch.Tensor:
+    """[C] log-probabilities of one completion: one sequence, a dense mask, transformers' own eager attention."""
+    ids = torch.tensor(trajectory.token_ids)
+    at = torch.arange(len(ids))
+    until = torch.from_numpy(visible_until(ids, fmt, trajectory.prompt_len))
+    seen = (at[None] <= at[:, None]) & (at[:, None] < until[None])
+    mask = torch.zeros(len(ids), len(ids)).masked_fill(~seen, torch.finfo(torch.float32).min)
+    logits = model(ids[None], attention_mask=mask[None, None], position_ids=at[None], use_cache=False).logits[0]
+    logprobs = (logits / TEMPERATURE).log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+    return logprobs[trajectory.prompt_len - 1 :]
+
+
+def plain_step(folder, groups, config, fmt) -> dict[str, torch.Tensor]:
+    """One RL step in plain torch, from the definitions: two minibatches, AdamW with warm-up and clipping."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    algorithm, learner = config.algorithm, config.learner
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=0.0
+    )
+    rewards = torch.tensor([s for g in groups for s in g.scores])
+    members = torch.arange(len(groups)).repeat_interleave(3)
+    advantages = group_advantages(rewards, members, algorithm.advantage_std).view(len(groups), 3)
+    with torch.no_grad():
+        old = [[plain_logprobs(policy, t, fmt) for t in g.trajectories] for g in groups]
+    for step, half in enumerate(([0, 1], [2, 3])):
+        group_means, sequence_means = [], []
+        for g in half:
+            tokens = []
+            for s, t in enumerate(groups[g].trajectories):
+                keep = torch.tensor([i not in t.forced for i in range(len(t.completion_ids))])
+                logprobs, before = plain_logprobs(policy, t, fmt)[keep], old[g][s][keep]
+                sampler = torch.tensor(t.rollout_logprobs)[keep]
+                ratio, advantage = (logprobs - before).exp(), advantages[g, s]
+                clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+                if algorithm.loss == "cispo":
+                    loss = -clipped.detach() * advantage * logprobs
+                else:
+                    loss = -torch.min(ratio * advantage, clipped * advantage)
+                loss = loss * (before - sampler).exp().clamp(max=2.0)
+                if algorithm.kl_coef:  # the reference is the initial policy, and so is `before` here
+                    loss = loss + algorithm.kl_coef * ((before - logprobs).exp() - 1 - (before - logprobs))
+                tokens.append(loss)
+                sequence_means.append(loss.mean())
+            group_means.append(torch.cat(tokens).mean())
+        total = torch.stack(group_means if algorithm.aggregation == "group" else sequence_means).mean()
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learner.lr * min(1.0, (step + 1) / learner.warmup_steps)
+        optimizer.step()
+    return {name: p.detach() for name, p in policy.named_parameters()}
+
+
+def weights_of(learner: Learner, folder: Path) -> dict[str, torch.Tensor]:
+    return read_weights(learner.export_weights(folder, version=1))
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_is_that_of_plain_torch(name, learner_of, config_of, groups, model, fmt, tmp_path):
+    config, learner = config_of(name), learner_of(name)
+    before = weights_of(learner, tmp_path / "before")
+    stats = learner.step(assemble(groups, config, fmt))
+    after = weights_of(learner, tmp_path / "after")
+    assert furthest(before, after) > 5e-3
+    assert furthest(after, plain_step(model, groups, config, fmt)) < 1e-6
+    assert stats["optimizer_steps"] == 2 and stats["lr"] == config.learner.lr
+    assert stats["ratio/min"] < 1 < stats["ratio/max"] and stats["grad_norm"] > config.learner.max_grad_norm
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("cispo", 64), ("cispo", 1), ("two ranks", 10_000), ("two ranks", 40)])
+def test_neither_packing_nor_ranks_change_the_gradient(name, tokens, learner_of, config_of, groups, fmt, tmp_path):
+    one_row = learner_of("cispo")
+    expected = one_row.step(assemble(groups, config_of("cispo", 1, 10_000), fmt))
+    reference = weights_of(one_row, tmp_path / "reference")
+    learner = learner_of(name)
+    batch = assemble(groups, config_of(name, 1, tokens), fmt)
+    stats = learner.step(batch)
+    assert furthest(weights_of(learner, tmp_path / "other"), reference) < 1e-6
+    for metric in ("loss", "grad_norm", "entropy", "mismatch/kl_mean", "mismatch/max_abs_logprob_diff", "loss_tokens"):
+        assert stats[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), metric
+
+
+def test_an_idle_rank_takes_part(learner_of, config_of, groups, fmt, tmp_path):
+    one_row = learner_of("cispo")
+    expected = one_row.step(assemble(groups[:1], config_of("cispo", 1, 10_000, groups=1), fmt))
+    # Three traces, two ranks, one trace a row: the fourth row has nothing to train.
+    batch = assemble(groups[:1], config_of("two ranks", 1, 1, groups=1), fmt)
+    assert sorted(int(row.loss_mask.any()) for rank in batch.minibatches[0].ranks for row in rank) == [0, 1, 1, 1]
+    learner = learner_of("two ranks")
+    assert learner.step(batch)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert furthest(weights_of(learner, tmp_path / "a"), weights_of(one_row, tmp_path / "b")) < 1e-6
+
+
+def _without_weight(row):
+    nothing = torch.zeros_like(row.loss_mask)
+    return dataclasses.replace(row, loss_mask=nothing, sampled_mask=nothing, loss_weights=row.loss_weights * 0)
+
+
+def test_the_first_minibatch_meets_itself(learner_of, config_of, groups, fmt):
+    stats = learner_of("grpo").step(assemble(groups, config_of("grpo", 1), fmt))
+    assert (stats["ratio/min"], stats["ratio/mean"], stats["ratio/max"]) == (1.0, 1.0, 1.0)
+    assert stats["clip/low_fraction"] == stats["clip/high_fraction"] == 0
+    assert stats["kl_reference"] == pytest.approx(0, abs=1e-12)
+    assert 0.9 * math.log(416) < stats["entropy"] < math.log(416)  # an untrained model is nearly uniform
+
+
+def test_packing_changes_no_logprob(learner_of, config_of, groups, model, fmt):
+    learner = learner_of("cispo")
+    by_trace = {}
+    for tokens in (10_000, 1):
+        batch = assemble(groups, config_of("cispo", 1, tokens), fmt)
+        for rank, answers in zip(batch.minibatches[0].ranks, learner.logprobs(batch)[0], strict=True):
+            for row, logprobs in zip(rank, answers, strict=True):
+                for d in range(int(row.document[-1]) + 1):
+                    of_document = row.document == d
+                    by_trace.setdefault(tuple(row.token_ids[of_document].tolist()), []).append(logprobs[of_document])
+    assert len(by_trace) == 12
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    for t in (t for group in groups for t in group.trajectories):
+        packed, alone = by_trace[t.token_ids]
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            plain = plain_logprobs(policy, t, fmt)
+        torch.testing.assert_close(packed[t.prompt_len :], plain, rtol=0, atol=1e-5)
+
+
+def test_a_neighbour_in_the_row_changes_no_bit(learner_of, config_of, groups, fmt):
+    learner = learner_of("cispo")
+    batch = assemble(groups, config_of("cispo", 1, 10_000), fmt)
+    row = batch.minibatches[0].ranks[0][0]
+    other = row.token_ids.clone()
+    changed = row.document == 5
+    other[changed] = (other[changed] + 7) % 400
+    minibatch = dataclasses.replace(batch.minibatches[0], ranks=((dataclasses.replace(row, token_ids=other),),))
+    before, after = (
+        learner.logprobs(b)[0][0][0] for b in (batch, dataclasses.replace(batch, minibatches=(minibatch,)))
+    )
+    assert torch.equal(before[~changed], after[~changed])
+    assert not torch.equal(before[changed], after[changed])
+
+
+@pytest.mark.parametrize("name", ["cispo", "sharded"])
+def test_what_is_exported_is_what_is_trained(name, learner_of, config_of, groups, model, fmt, tmp_path):
+    learner = learner_of(name)
+    learner.step(assemble(groups, config_of(name), fmt))
+    sent = weights_of(learner, tmp_path)
+    folder = learner.save_hf(tmp_path / "hf")
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    saved = {n: p.detach() for n, p in policy.named_parameters()}
+    assert saved.keys() == sent.keys() and all(torch.equal(saved[n], sent[n]) for n in sent)
+    assert "lm_head.weight" not in sent  # tied: the embedding is sent once
+    batch = assemble(groups, config_of(name, 1, 1), fmt)
+    t = groups[0].trajectories[0]
+    ours = next(
+        logprobs[t.prompt_len :]
+        for rank, answers in zip(batch.minibatches[0].ranks, learner.logprobs(batch)[0], strict=True)
+        for row, logprobs in zip(rank, answers, strict=True)
+        if tuple(row.token_ids.tolist()) == t.token_ids
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(ours, plain_logprobs(policy, t, fmt), rtol=0, atol=1e-5)
+    # The folder is an ordinary one: generation uses its cache, the tokenizer has its template and the delimiters.
+    assert policy.config.use_cache and policy.generation_config.eos_token_id is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template and tokenizer.convert_tokens_to_ids("<|summary_end|>") is not None
+
+
+@pytest.mark.parametrize("name", ["cispo", pytest.param("sharded", marks=pytest.mark.slow)])
+def test_two_and_two_steps_are_four(name, learner_of, config_of, groups, fmt, tmp_path):
+    batch = assemble(groups, config_of(name), fmt)
+    learner = learner_of(name)
+    whole = [learner.step(batch) for _ in range(4)]
+    learner = learner_of(name)
+    for _ in range(2):
+        learner.step(batch)
+    learner.save(tmp_path)
+    fresh = Learner(config_of(name))  # new processes
+    try:
+        fresh.load(tmp_path)
+        again = [fresh.step(batch) for _ in range(2)]
+    finally:
+        fresh.close()
+    for a, b in zip(whole[2:], again, strict=True):
+        assert [a[k] for k in ("loss", "grad_norm", "lr", "optimizer_steps", "ratio/max")] == [
+            b[k] for k in ("loss", "grad_norm", "lr", "optimizer_steps", "ratio/max")
+        ]
+
+
+def test_a_minibatch_without_loss_tokens_is_skipped(learner_of, config_of, groups, fmt, tmp_path):
+    learner = learner_of("cispo")
+    before = weights_of(learner, tmp_path / "before")
+    batch = assemble(groups, config_of("cispo"), fmt)
+    empty = dataclasses.replace(
+        batch.minibatches[0],
+        ranks=tuple(tuple(_without_weight(row) for row in rank) for rank in batch.minibatches[0].ranks),
+        loss_tokens=0,
+    )
+    stats = learner.step(dataclasses.replace(batch, minibatches=(empty,)))
+    assert stats["skipped_minibatches"] == 1 and "loss" not in stats and stats["optimizer_steps"] == 0
+    assert furthest(before, weights_of(learner, tmp_path / "after")) == 0
+
+
+def test_another_checkpoint_is_refused(learner_of, folder, tmp_path):
+    learner = learner_of("cispo")
+    with pytest.raises(UserError, match=r"learner\.ranks = 2, this run has 1"):
+        learner.load(folder / "initial" / "two ranks")
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        learner.load(tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(cluster, config_of, groups, fmt):
+    config = config_of("cispo")
+    learner = Learner(config)
+    batch = assemble(groups, config, fmt)
+    (row, *rest), second = batch.minibatches[0].ranks[0], batch.minibatches[1]
+    poisoned = dataclasses.replace(row, advantages=row.advantages * float("nan"))
+    first = dataclasses.replace(batch.minibatches[0], ranks=((*rest, poisoned),))
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan \(minibatch 0.*failed_batch\.pt"):
+        learner.step(dataclasses.replace(batch, minibatches=(first, second)))
+    saved = torch.load(Path(config.out) / FAILED_BATCH, weights_only=False)
+    assert saved.minibatches[0].ranks[0][-1].advantages.isnan().all()
+    with pytest.raises(LearnerError, match="closed"):
+        learner.save_hf(Path(config.out) / "hf")
+    assert not (Path(config.out) / "hf").exists()
+
+
+def test_a_dead_rank_is_named(cluster, config_of, groups, fmt):
+    config = config_of("two ranks")
+    learner = Learner(config)
+    pid = ray.get(learner._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(LearnerError, match=r"learner rank [01] (died|failed) during step"):
+        learner.step(assemble(groups, config, fmt))
+
+
+def test_a_start_that_takes_too_long_is_named(cluster, config_of):
+    with pytest.raises(LearnerError, match=r"did not finish (placement|start) within"):
+        Learner(config_of("cispo", start_timeout_s=0.2))
+
+
+def test_more_ranks_than_resources(cluster, config_of):
+    with pytest.raises(UserError, match=r"64 learner ranks need 32 CPU, the Ray cluster has 8.*learner\.ranks"):
+        Learner(config_of("cispo", ranks=64))
+
+
+def test_dropout_is_refused(config_of, model, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    policy.config.attention_dropout = 0.1
+    policy.save_pretrained(tmp_path)
+    config = config_of("cispo").model_copy(update={"model": str(tmp_path)})
+    with pytest.raises(UserError, match=r"dropout"):
+        LearnerRank(config, 0, "cpu")._load_model()
+
+
+def test_bf16_without_fp32_accumulation_is_refused(config_of):
+    with pytest.raises(ValueError, match="Use zero_stage 1"):
+        config_of("grpo", dtype="bfloat16")
