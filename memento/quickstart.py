@@ -1,0 +1,267 @@
+"""`memento quickstart`: the whole pipeline on this machine, with the real parts and a model of 0.3 million parameters.
+
+Stage 1 (full attention), stage 2 (memento attention), the SFT-only control, RL under eviction, evaluation of all of
+them, export. Each training phase is the command a user would run, in a process of its own::
+
+    python -m memento.sft.train configs/sft/quickstart_stage1.yaml out=DIR/stage1
+    python -m memento.rl.train  configs/rl/quickstart.yaml model=DIR/stage2/hf out=DIR/rl
+
+The result table is read from what they leave in DIR: ``eval/*.json``, ``rl/metrics.jsonl``, ``phases.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import memento
+from memento.arithmetic import SPLITS
+from memento.config import ProblemsConfig, RlConfig, load_config
+from memento.errors import UserError
+from memento.problems import save_problems
+from memento.results import QuickstartResults, result_table, write_results
+from memento.sources import read_problems
+from memento.trajectory import SamplingParams, append_jsonl
+
+if TYPE_CHECKING:
+    from memento.rollout.weights import WeightUpdate
+
+CONFIGS = Path(memento.__file__).parent / "configs"
+"""The shipped configurations, in a checkout and in a wheel alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a quickstart is: which configs it runs, and how much it evaluates."""
+
+    prefix: str
+    """``configs/sft/{prefix}_stage1.yaml`` and so on, ``configs/rl/{prefix}.yaml``."""
+    problems: int
+    """Held-out problems at temperature 1."""
+    cool_problems: int
+    """Held-out problems at temperature 0.6 and greedy."""
+
+
+SIZES = {
+    "full": Size("quickstart", problems=400, cool_problems=200),
+    "small": Size("small", problems=400, cool_problems=100),
+}
+"""`full` is what the README shows; `small` is the same path on shorter problems, for the test suite."""
+
+TEMPERATURES = {"1.0": 1.0, "0.6": 0.6, "greedy": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the result table: a model, and how it is decoded."""
+
+    name: str
+    model: str
+    """Folder below the run's: its ``hf`` is evaluated."""
+    evict: bool
+    temperatures: Sequence[str] = ("1.0", "0.6", "greedy")
+
+
+ROWS = (
+    Row("stage1_full", "stage1", evict=False),
+    Row("stage1_evicted", "stage1", evict=True),
+    Row("stage2_evicted", "stage2", evict=True),
+    Row("rl_evicted", "rl", evict=True),
+    Row("control_full", "control", evict=False),
+)
+
+
+class PhaseFailed(RuntimeError):
+    """A phase's process ended with an error; its own message is above, and its exit code here."""
+
+    def __init__(self, phase: str, code: int) -> None:
+        super().__init__(f"{phase} ended with exit code {code}")
+        self.code = code
+
+
+class Phases:
+    """Which phases of a quickstart are done and how long each took, in ``phases.json``: what `--resume` reads."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self.file = folder / "phases.json"
+        self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    @contextmanager
+    def phase(self, name: str, title: str) -> Iterator[bool]:
+        """Time a phase. Yields False when it was done in an earlier run and must be skipped."""
+        if name in self.seconds:
+            self.console.print(f"[dim]{title}: done before ({self.seconds[name]:.0f} s)[/dim]")
+            yield False
+            return
+        self.console.rule(f"[bold]{title}", align="left")
+        started = time.perf_counter()
+        yield True
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        aside = self.file.with_suffix(".tmp")
+        aside.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        os.replace(aside, self.file)
+        self.console.print(f"[green]{title}: {self.seconds[name]:.0f} s[/green]")
+
+
+def run_quickstart(out: Path, *, seed: int = 0, size: str = "full", resume: bool = False) -> QuickstartResults:
+    """Run all phases in `out` and return the result table.
+
+    Args:
+        out: the folder; ``results.json``, ``report.html`` and one folder a phase are written there.
+        seed: of the model, the data and the sampling.
+        size: a key of `SIZES`.
+        resume: skip the phases that are done, and go on with the one that was interrupted.
+
+    Raises:
+        UserError: `out` is not empty and `resume` is false, or an unknown size.
+        PhaseFailed: a phase's process failed.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size must be one of {', '.join(SIZES)}, got {size!r}.")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise UserError(f"{out} is not empty. Take another --out, or go on with what is there: --resume.")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = SIZES[size]
+    console = Console()
+    phases = Phases(out, console)
+
+    def train(phase: str, title: str, module: str, config: Path, *overrides: str) -> None:
+        with phases.phase(phase, title) as todo:
+            if todo:
+                run_module(module, config, out / phase, [f"seed={seed}", *overrides])
+
+    sft = CONFIGS / "sft" / f"{chosen.prefix}_stage1.yaml"
+    train("stage1", "SFT stage 1, full attention", "memento.sft.train", sft)
+    sft = CONFIGS / "sft" / f"{chosen.prefix}_stage2.yaml"
+    train("stage2", "SFT stage 2, memento attention", "memento.sft.train", sft, f"model={out / 'stage1' / 'hf'}")
+    sft = CONFIGS / "sft" / f"{chosen.prefix}_control.yaml"
+    train("control", "SFT-only control, no blocks", "memento.sft.train", sft)
+    rl = CONFIGS / "rl" / f"{chosen.prefix}.yaml"
+    train("rl", "RL under eviction", "memento.rl.train", rl, f"model={out / 'stage2' / 'hf'}")
+    with phases.phase("eval", "Evaluation on held-out problems") as todo:
+        if todo:
+            evaluate_rows(out, chosen, seed, console)
+
+    results = QuickstartResults.read(out, seed=seed)
+    write_results(results, out / "results.json")
+    console.print(result_table(results))
+    from memento.report import write_report
+
+    console.print(f"report: {write_report(out)}")
+    console.print(f"model:  {out / 'rl' / 'hf'}   (serve it with eviction: memento serve {out / 'rl' / 'hf'})")
+    return results
+
+
+def run_module(module: str, config: Path, out: Path, overrides: Sequence[str]) -> None:
+    """Run ``python -m module config out=... overrides`` and wait. Signals reach it; its run stays resumable."""
+    resume = ["--resume"] if (out / "config.yaml").is_file() else []
+    command = [sys.executable, "-m", module, str(config), f"out={out}", *overrides, *resume]
+    process = subprocess.Popen(command)
+
+    def forward(number: int, _frame: object) -> None:
+        process.send_signal(number)
+
+    # Ctrl-C reaches the child by itself (one process group), a SIGTERM reaches only us. A child that hears the same
+    # wish twice leaves without saving, so only the second is passed on; in both cases wait until it has saved.
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, forward)
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code != 0:
+        raise PhaseFailed(f"python -m {module} {config.name}", code)
+
+
+def held_out(config: RlConfig, count: int, taken: Sequence[int]) -> ProblemsConfig:
+    """`count` problems of the family of the run's own evaluation, disjoint from those of the seeds `taken`."""
+    assert config.eval.problems is not None
+    classes = {seed % SPLITS for seed in taken}
+    fresh = next(seed for seed in range(3000, 3000 + SPLITS) if seed % SPLITS not in classes)
+    return config.eval.problems.model_copy(update={"count": count, "seed": fresh})
+
+
+@dataclass(slots=True)
+class SavedModel:
+    """A Hugging Face folder in the place of a learner: what `WeightSync` sends when nothing is being trained."""
+
+    folder: Path
+
+    def export_weights(self, folder: str | Path, version: int) -> WeightUpdate:
+        """Write the folder's weights as `version`."""
+        from safetensors.torch import load_file
+
+        from memento.rollout.weights import write_weights
+
+        return write_weights(load_file(self.folder / "model.safetensors"), folder, version)
+
+
+def evaluate_rows(out: Path, size: Size, seed: int, console: Console) -> None:
+    """Evaluate every model at every temperature with one engine, whose weights are exchanged in between."""
+    from memento.cluster import connect, disconnect
+    from memento.preflight import load_tokenizer
+    from memento.rewards.pool import RewardPool
+    from memento.rl.evaluate import evaluate
+    from memento.rl.weight_sync import WeightSync
+    from memento.rollout.pool import RolloutPool
+
+    config = load_config(out / "rl" / "config.yaml")
+    assert isinstance(config, RlConfig) and config.eval.problems is not None
+    problems = read_problems(held_out(config, size.problems, (seed, config.problems.seed, config.eval.problems.seed)))
+    folder = out / "eval"
+    folder.mkdir(exist_ok=True)
+    save_problems(problems, folder / "problems.jsonl")
+    model = SavedModel(out / ROWS[0].model / "hf")
+    fmt = config.format.bind(load_tokenizer(model.folder))
+    jobs = [(row, t, size.problems if t == "1.0" else size.cool_problems) for row in ROWS for t in row.temperatures]
+    columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    connect()
+    with ExitStack() as parts:
+        parts.callback(disconnect)
+        engines = RolloutPool(config.rollout, config.format, str(model.folder))
+        parts.callback(engines.close)
+        rewards = RewardPool(config.rewards)
+        parts.callback(rewards.close)
+        weights = WeightSync(model, engines)
+        parts.callback(weights.close)
+        progress = parts.enter_context(Progress(*columns, console=console, transient=True))
+        bar = progress.add_task("", total=sum(count for _, _, count in jobs))
+        version = 0
+        for row, temperature, count in jobs:
+            progress.update(bar, description=f"{row.name} T={temperature}")
+            if model.folder != out / row.model / "hf":
+                version, model.folder = version + 1, out / row.model / "hf"
+                weights.push(version)
+            result, groups = evaluate(
+                engines,
+                rewards,
+                problems[:count],
+                SamplingParams(temperature=TEMPERATURES[temperature], max_tokens=config.sampling.max_tokens),
+                fmt=fmt,
+                samples=1,
+                seed=seed,
+                evict=row.evict,
+                group_prefix="final",
+                progress=lambda _: progress.advance(bar),
+                model=str(model.folder),
+            )
+            name = f"{row.name}_t{temperature}"
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)  # half a file of an evaluation that was interrupted
+            append_jsonl(groups, folder / f"{name}.jsonl")
+            (folder / f"{name}.json").write_text(result.model_dump_json(indent=2) + "\n")
+            console.print(f"{row.name:>16}  T={temperature:<7}{count:>4} problems  accuracy {result.accuracy.mean:.3f}")

@@ -1,0 +1,196 @@
+"""The real pipeline on short problems: every phase as a user runs it, its files, its export, its cluster job.
+
+One run of `memento quickstart --size small` (a few minutes on two cores) is shared by all tests of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from memento.config import RlConfig
+from memento.format import parse
+from memento.run import load_run_config, read_metrics
+from memento.trajectory import read_trajectories
+
+REPOSITORY = Path(__file__).parent.parent
+MEMENTO = [sys.executable, "-m", "memento.cli"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, **options)  # type: ignore[call-overload]
+
+
+def overrides(quickstart: Path, out: Path) -> list[str]:
+    """A short RL run from the quickstart's stage-2 model."""
+    return [
+        f"out={out}",
+        f"model={quickstart / 'stage2' / 'hf'}",
+        "steps=2",
+        "groups_per_step=4",
+        "group_size=4",
+        "eval.problems=null",
+        "algorithm.mismatch_kl_limit=0.01",
+    ]
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "quickstart"
+    done = run([*MEMENTO, "quickstart", "--size", "small", "--out", str(out)], timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    return out
+
+
+def test_the_table_has_every_number_and_rl_gains(quickstart: Path) -> None:
+    results = json.loads((quickstart / "results.json").read_text())
+    accuracy = results["accuracy"]
+    assert set(accuracy) == {"stage1_full", "stage1_evicted", "stage2_evicted", "rl_evicted", "control_full"}
+    assert all(0 <= value <= 1 for value in accuracy.values())
+    # Three standard errors at this many problems: not a matter of luck.
+    error = math.sqrt(0.25 / results["problems"])
+    assert accuracy["rl_evicted"] - accuracy["stage2_evicted"] > 3 * math.sqrt(2) * error
+    assert results["kv"]["peak_ratio"] > 1.1 and results["kv"]["area_ratio"] > 1.1
+    assert {"total", "stage1", "stage2", "control", "rl", "eval"} <= set(results["seconds"])
+    assert results["mismatch_kl"]["max"] < 1e-6
+    assert "<svg" in (quickstart / "report.html").read_text()
+
+
+def test_engine_and_learner_agree_on_every_sampled_token(quickstart: Path) -> None:
+    rows = [row for row in read_metrics(quickstart / "rl") if "mismatch/kl_mean" in row]
+    config = load_run_config(quickstart / "rl")
+    assert isinstance(config, RlConfig)
+    assert len(rows) == config.steps, "the mismatch is logged at every step"
+    worst = max(float(row["mismatch/max_abs_logprob_diff"] or math.inf) for row in rows)
+    assert worst < 1e-4
+    fmt = config.format.bind(tokenizer(quickstart / "rl" / "hf"))
+    trajectories = list(read_trajectories(quickstart / "rl" / "rollouts.jsonl"))
+    several = [t for t in trajectories if len(parse(t.token_ids, fmt, t.prompt_len).blocks) >= 2]
+    assert len(several) >= 20
+    assert all(t.evictions for t in several), "blocks really left the cache"
+
+
+def tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_export_is_a_plain_model(quickstart: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = quickstart / "rl" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    card = (folder / "README.md").read_text()
+    assert "memento" in card.lower() and "groups_per_step" in card
+    trajectory = next(read_trajectories(quickstart / "eval" / "control_full_t1.0.jsonl"))
+    ids = torch.tensor([trajectory.prompt_ids])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=400)
+    text = tokenizer(folder).decode(answer[0, ids.shape[1] :])
+    assert "<|block_start|>" in text and text.endswith("<|im_end|>"), text
+
+
+def test_stock_vllm_loads_the_export(quickstart: Path) -> None:
+    program = f"""
+from vllm import LLM, SamplingParams
+llm = LLM({str(quickstart / "rl" / "hf")!r}, enforce_eager=True, dtype="float32", kv_cache_memory_bytes=64 << 20,
+          max_model_len=512)
+print("TEXT", llm.chat([{{"role": "user", "content": "Compute 12+34 modulo 100."}}],
+      SamplingParams(temperature=0, max_tokens=200, skip_special_tokens=False))[0].outputs[0].text)
+"""
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = run([sys.executable, "-c", program], env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "<|block_start|>" in done.stdout and "boxed" in done.stdout
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_was(quickstart: Path, tmp_path: Path) -> None:
+    config = REPOSITORY / "configs" / "rl" / "small.yaml"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train = [sys.executable, "-m", "memento.rl.train", str(config)]
+    done = run([*train, *overrides(quickstart, whole), "steps=3"], timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    process = subprocess.Popen([*train, *overrides(quickstart, parts), "steps=3"], cwd=REPOSITORY)
+    metrics = parts / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert metrics.read_text().count("\n") < 3, "it was stopped in the middle"
+
+    refused = run([*train, *overrides(quickstart, parts), "steps=3"], timeout=100)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = run([*train, *overrides(quickstart, parts), "steps=3", "--resume"], timeout=400)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    for name in ("train/loss", "reward/mean", "train/grad_norm"):
+        assert [row[name] for row in read_metrics(parts)] == [row[name] for row in read_metrics(whole)]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray head of our own, with a dashboard for job submission."""
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ports = [free_port() for _ in range(3)]
+    ray = str(Path(sys.executable).with_name("ray"))
+    folder = Path("/tmp") / f"r{secrets.token_hex(3)}"  # Ray's sockets need a short path
+    head = subprocess.Popen(
+        [
+            *(ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+            *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
+            f"--temp-dir={folder}",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while socket.socket().connect_ex(("127.0.0.1", ports[1])) != 0:
+            assert head.poll() is None, head.stdout.read() if head.stdout else ""
+            assert time.monotonic() < deadline, "the dashboard did not come up"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{ports[1]}"
+    finally:
+        head.terminate()  # `--block` takes its raylet, GCS and dashboard with it
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_ray_job_submit_runs_the_same_program(quickstart: Path, cluster: str, tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster, "--working-dir", "."]
+    program = ["--", sys.executable, "-m", "memento.rl.train", "configs/rl/small.yaml", *overrides(quickstart, out)]
+    done = run([*command, *program], timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"step 2/2", done.stdout), "the driver's progress lines arrive"
+    assert len(read_metrics(out)) == 2
+    assert (out / "hf" / "model.safetensors").is_file()
