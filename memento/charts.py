@@ -300,7 +300,8 @@ def _sawtooth(
     if prompt_len:
         px = frame.x(prompt_len)
         body.append(f'<path class="grid" d="M{px:.1f},{frame.top}V{floor}"/>')
-        body.append(f'<text x="{px + 4:.1f}" y="{floor - 6}">prompt ends</text>')
+        if px - frame.left > 40:  # else it would sit on the first teeth
+            body.append(f'<text x="{px + 4:.1f}" y="{floor - 6}">prompt ends</text>')
     last_label = -math.inf
     for boundary, start, end in evictions:
         if boundary >= total:

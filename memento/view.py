@@ -280,9 +280,9 @@ def facts(view: View) -> list[tuple[str, str]]:
             ("rewards of the group", " ".join("–" if r.score is None else f"{r.score:g}" for r in view.group) + mean)
         )
     rows += [
-        ("tokens", f"{t.prompt_len} prompt + {len(t.completion_ids)} completion, ended by {t.finish_reason.value}"),
-        ("peak KV", f"{peak} tokens instead of {total} ({total / max(peak, 1):.2f}× lower)"),
-        ("evictions", f"{len(view.evictions)}, {sum(e.end - e.start for e in view.evictions)} tokens"),
+        ("tokens", f"{t.prompt_len:,} prompt + {len(t.completion_ids):,} completion, ended by {t.finish_reason.value}"),
+        ("peak KV", f"{peak:,} tokens instead of {total:,} ({total / max(peak, 1):.2f}× lower)"),
+        ("evictions", f"{len(view.evictions)}, {sum(e.end - e.start for e in view.evictions):,} tokens"),
         ("sampled", f"temperature {t.temperature:g}, seed {t.seed}, weights {_versions(t)}, {t.seconds:.2f} s"),
     ]
     if t.forced:
