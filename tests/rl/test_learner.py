@@ -8,12 +8,14 @@ which is rounding, would move a weight as far as a real one.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -85,7 +87,7 @@ def config_of(make, folder, model):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -129,7 +131,7 @@ def plain_logprobs(model, trajectory, fmt) -> torch.Tensor:
     """[C] log-probabilities of one completion: one sequence, a dense mask, transformers' own eager attention."""
     ids = torch.tensor(trajectory.token_ids)
     at = torch.arange(len(ids))
-    until = torch.from_numpy(visible_until(ids, fmt, trajectory.prompt_len))
+    until = torch.from_numpy(visible_until(trajectory.token_ids, fmt, trajectory.prompt_len))
     seen = (at[None] <= at[:, None]) & (at[:, None] < until[None])
     mask = torch.zeros(len(ids), len(ids)).masked_fill(~seen, torch.finfo(torch.float32).min)
     logits = model(ids[None], attention_mask=mask[None, None], position_ids=at[None], use_cache=False).logits[0]
@@ -360,7 +362,7 @@ def test_a_loss_that_is_no_number_stops_the_run(cluster, config_of, groups, fmt)
 def test_a_dead_rank_is_named(cluster, config_of, groups, fmt):
     config = config_of("two ranks")
     learner = Learner(config)
-    pid = ray.get(learner._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
+    pid: Any = ray.get(learner._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(LearnerError, match=r"learner rank [01] (died|failed) during step"):
         learner.step(assemble(groups, config, fmt))
