@@ -18,6 +18,7 @@ esac
 key="$profile $(cat pyproject.toml scripts/install.sh | sha256sum | cut -d' ' -f1) $PWD"
 stamp=$venv/.memento-installed
 [[ -f $stamp && $(<"$stamp") == "$key" ]] && exit 0
+rm -f "$stamp"
 
 log=$(mktemp -t memento-install.XXXXXX)
 trap 'rm -f "$log"' EXIT
@@ -44,7 +45,7 @@ if [[ ! -x $venv/bin/python ]]; then
         fi
     done
     if [[ -z $python ]]; then
-        echo "memento-rl needs Python 3.11 or 3.12; ${PYTHON:-python3} is $(${PYTHON:-python3} -V 2>&1 || true)." \
+        echo "memento-rl needs Python 3.11 or 3.12; ${PYTHON:-python3} is: $(${PYTHON:-python3} -V 2>&1 | head -n 1)." \
             "Install one of them and name it: PYTHON=python3.12 make install" >&2
         exit 2
     fi
