@@ -7,4 +7,9 @@ __path__, __getattr__ = package(
     eviction_args="memento.rollout.plugin",
     EvictionStats="memento.rollout.statistics",
     eviction_stats="memento.rollout.statistics",
+    RolloutPool="memento.rollout.pool",
+    RolloutEngine="memento.rollout.engine",
+    WeightUpdate="memento.rollout.weights",
+    write_weights="memento.rollout.weights",
+    generate_file="memento.rollout.generate",
 )

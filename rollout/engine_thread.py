@@ -55,7 +55,7 @@ class EngineThread:
 
     def __init__(self, build: Callable[[], LLMEngine]) -> None:
         self.started: Future[None] = Future()
-        self.busy_s = 0.0
+        self.busy_s, self.steps = 0.0, 0
         self._build = build
         self._commands: SimpleQueue[_Command] = SimpleQueue()
         self._requests: dict[str, Future[RequestOutput]] = {}
@@ -155,6 +155,7 @@ class EngineThread:
                     began = time.perf_counter()
                     outputs = engine.step()
                     self.busy_s += time.perf_counter() - began
+                    self.steps += 1
                     for output in outputs:
                         if output.finished and (future := self._requests.pop(output.request_id, None)) is not None:
                             _answer(future, output)  # type: ignore[arg-type]

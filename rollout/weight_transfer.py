@@ -65,7 +65,8 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         # On CPU the linear layers keep a packed copy and drop their weight: a plain load_weights() has nothing to write
         # to. The layerwise reload restores, loads and packs them again.
         initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(iter(tensors.items()))
+        model: Any = self.model  # vLLM's models take Hugging Face names
+        loaded = model.load_weights(iter(tensors.items()))
         finalize_layerwise_reload(self.model, self.model_config)
         if missing := names - set(loaded):
             raise WeightsIncomplete(f"the weights lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")

@@ -1,0 +1,410 @@
+"""The fleet: N engines as Ray actors behind one blocking, thread-safe `generate`.
+
+    generate(group) --> parts of at most 16 samples --> the engine with the fewest samples in flight
+                                 ^                            |
+                                 |   engine died, went stale, timed out: count it, and give the part to another one
+                                 +----------------------------+
+
+An engine that died is started again by Ray with the weights of the model folder. It takes no work before it was
+started *and* holds the current weights; every request names the oldest version it accepts, so an engine that was
+restarted unnoticed refuses instead of answering with old weights. What is sampled depends on run seed, group and
+sample index alone (`memento.trajectory.sample_seed`), not on which engine serves it or how many there are.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from memento.cluster import connect
+from memento.config import FormatConfig, RolloutConfig
+from memento.errors import UserError
+from memento.rollout.engine import FIRST_VERSION, EngineInfo, RolloutEngine, StaleEngine
+from memento.rollout.engine_thread import EngineFailed
+from memento.rollout.weights import WeightUpdate
+from memento.trajectory import RolloutRequest, Trajectory
+
+PART_SAMPLES = 16
+"""A larger group is cut into parts of this many: by then the shared prompt has paid for itself."""
+
+ATTEMPTS = 4
+"""How often a part is tried before its group fails."""
+
+INFO_TIMEOUT_S = 5.0
+
+
+class NoEngines(RuntimeError):
+    """All engines are gone for good. The message carries the last reason."""
+
+
+class GroupFailed(RuntimeError):
+    """A group could not be generated although other engines were tried."""
+
+
+class WeightSyncFailed(RuntimeError):
+    """An engine did not take the new weights. The message names engine and stage."""
+
+
+@dataclass(slots=True, eq=False)
+class _Engine:
+    """The pool's view of one actor. Guarded by the pool's condition."""
+
+    index: int
+    actor: Any
+    state: str = "starting"  # starting | ready | restarting | lost
+    in_flight: int = 0  # samples
+    why: str = ""
+    tokens: int = 0  # at the last call of `metrics`
+    busy_s: float = 0.0
+    preemptions: int = 0
+
+
+class RolloutPool:
+    """Starts the engines and waits until all are ready.
+
+    Args:
+        config: how many, and how each is built.
+        format: how the delimiters are used.
+        model: Hugging Face folder or hub id; on a cluster every node must reach it.
+
+    Raises:
+        UserError: the resources are not there, or the model cannot be served as configured.
+        EngineFailed: vLLM did not start.
+    """
+
+    def __init__(self, config: RolloutConfig, format: FormatConfig, model: str) -> None:
+        import ray
+
+        total = connect()
+        if config.device == "auto":
+            config = config.model_copy(update={"device": "cuda" if total.get("GPU", 0) > 0 else "cpu"})
+        self._config = config
+        self._gpus = config.tensor_parallel_size if config.device == "cuda" else 0
+        self._condition = threading.Condition()
+        self._update_lock = threading.Lock()
+        self._update: WeightUpdate | None = None
+        self._served = FIRST_VERSION  # every engine that is `ready` holds at least this version
+        self._closed = False
+        self._counts: Counter[str] = Counter()
+        self._began_metrics = time.perf_counter()
+        self._check_resources(total)
+        actor: Any = ray.remote(RolloutEngine)
+        actor = actor.options(
+            num_cpus=config.cpus,
+            num_gpus=self._gpus,
+            max_restarts=config.max_restarts,
+            max_task_retries=0,  # the pool retries, on another engine
+            max_concurrency=4096,
+        )
+        self._engines = [_Engine(index, actor.remote(config, model, format, index)) for index in range(config.engines)]
+        try:
+            self.start_s = self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    # Starting.
+
+    def _check_resources(self, total: dict[str, float]) -> None:
+        """Fail now where waiting cannot help: on one machine nothing is added later."""
+        import ray
+
+        asked = {"CPU": self._config.cpus * self._config.engines, "GPU": float(self._gpus * self._config.engines)}
+        short = {name: amount for name, amount in asked.items() if amount > total.get(name, 0)}
+        if short and len(ray.nodes()) == 1:
+            raise UserError(f"{self._wanted()}, but this machine offers Ray {_resources(total, short)}. {_FIX}")
+
+    def _wanted(self) -> str:
+        gpus = f" and {self._gpus} GPU" if self._gpus else ""
+        return f"rollout: {self._config.engines} engines ask for {self._config.cpus:g} CPU{gpus} each"
+
+    def _start(self) -> float:
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        began = time.perf_counter()
+        starts = [engine.actor.start.remote() for engine in self._engines]
+        deadline = began + self._config.start_timeout_s
+        for engine, start in zip(self._engines, starts, strict=True):
+            try:
+                _get(start, max(deadline - time.perf_counter(), 0.0))
+            except GetTimeoutError:
+                raise UserError(
+                    f"engine {engine.index} was not ready after {self._config.start_timeout_s:g} s "
+                    f"(rollout.start_timeout_s): {self._stage(engine)}. {self._wanted()}; free in the cluster: "
+                    f"{_resources(ray.available_resources(), ('CPU', 'GPU'))}. {_FIX}"
+                ) from None
+            engine.state = "ready"
+        return time.perf_counter() - began
+
+    def _stage(self, engine: _Engine) -> str:
+        """What an engine was doing when the pool lost patience with it."""
+        from ray.exceptions import GetTimeoutError, RayError
+
+        try:
+            return f"it is at `{self._info(engine).stage}`"
+        except GetTimeoutError:
+            return "its actor was never placed, or does not answer"
+        except RayError as error:
+            return f"its actor is gone ({type(error).__name__})"
+
+    def _info(self, engine: _Engine) -> EngineInfo:
+        return _get(engine.actor.info.remote(), INFO_TIMEOUT_S)
+
+    # Generating.
+
+    def generate(self, request: RolloutRequest, indices: Sequence[int] | None = None) -> tuple[Trajectory, ...]:
+        """Complete a group. Blocks; may be called from many threads.
+
+        Args:
+            request: the group.
+            indices: only these samples of it; null for all.
+
+        Returns:
+            One trajectory for each index, in order.
+
+        Raises:
+            UserError: the request itself is at fault (a prompt that is too long).
+            RolloutFault: an engine's answer cannot be trained on.
+            GroupFailed: it failed on several engines.
+            NoEngines: none is left.
+        """
+        wanted = list(range(request.group_size) if indices is None else indices)
+        parts = [wanted[start : start + PART_SAMPLES] for start in range(0, len(wanted), PART_SAMPLES)]
+        if len(parts) <= 1:
+            return self._generate_part(request, wanted) if wanted else ()
+        with ThreadPoolExecutor(len(parts)) as threads:
+            done = list(threads.map(lambda part: self._generate_part(request, part), parts))
+        return tuple(trajectory for part in done for trajectory in part)
+
+    def _generate_part(self, request: RolloutRequest, indices: list[int]) -> tuple[Trajectory, ...]:
+        import ray
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+        why = ""
+        for _ in range(ATTEMPTS):
+            engine, at_least = self._acquire(len(indices))
+            reference = None
+            try:
+                reference = engine.actor.generate.remote(request, indices, at_least)
+                return _get(reference, self._config.request_timeout_s)
+            except GetTimeoutError:
+                why = f"engine {engine.index}: no answer within rollout.request_timeout_s"
+                self._count("timeouts")
+                ray.cancel(reference)
+            except (ActorDiedError, ActorUnavailableError, EngineFailed, StaleEngine) as error:
+                why = f"engine {engine.index}: {type(error).__name__}: {error}"
+                self._recover(engine, why, kill=isinstance(error, EngineFailed))
+            finally:
+                self._release(engine, len(indices))
+            self._count("requeued")
+        raise GroupFailed(f"group {request.group_id} failed {ATTEMPTS} times, at last with: {why}")
+
+    def _acquire(self, samples: int) -> tuple[_Engine, int]:
+        with self._condition:
+            while True:
+                if self._closed:
+                    raise NoEngines("the pool was closed")
+                ready = [engine for engine in self._engines if engine.state == "ready"]
+                if ready:
+                    engine = min(ready, key=lambda e: (e.in_flight, e.index))
+                    engine.in_flight += samples
+                    return engine, self._served
+                if all(engine.state == "lost" for engine in self._engines):
+                    raise NoEngines(f"no rollout engine is left; the last one: {self._engines[-1].why}")
+                self._condition.wait(1.0)
+
+    def _release(self, engine: _Engine, samples: int) -> None:
+        with self._condition:
+            engine.in_flight -= samples
+            self._condition.notify_all()
+
+    def _count(self, name: str) -> None:
+        with self._condition:
+            self._counts[name] += 1
+
+    # Recovering.
+
+    def _recover(self, engine: _Engine, why: str, *, kill: bool = False) -> None:
+        """Take an engine out of service, and bring it back in the background. The first to notice starts it."""
+        with self._condition:
+            if engine.state != "ready" or self._closed:
+                return
+            engine.state, engine.why = "restarting", why
+            self._counts["restarts"] += 1
+        threading.Thread(
+            target=self._bring_back, args=(engine, kill), name=f"recover-{engine.index}", daemon=True
+        ).start()
+
+    def _bring_back(self, engine: _Engine, kill: bool) -> None:
+        import ray
+        from ray.exceptions import ActorUnavailableError
+
+        if kill:  # the process lives, its engine does not
+            ray.kill(engine.actor, no_restart=False)
+        deadline = time.perf_counter() + self._config.start_timeout_s
+        while not self._closed:
+            left = max(deadline - time.perf_counter(), 0.1)
+            update = self._update
+            try:
+                info = _get(engine.actor.start.remote(update), left)
+                if update is not None and info.version != update.version:
+                    _get(engine.actor.update_weights.remote(update), left)
+            except ActorUnavailableError:
+                if time.perf_counter() < deadline:
+                    time.sleep(0.25)
+                    continue
+                self._lose(engine, f"{engine.why}; it did not come back in time")
+                return
+            except Exception as error:  # dead for good, too slow, or its start failed: all end the same way
+                self._lose(engine, f"{engine.why}; then it did not come back: {type(error).__name__}: {error}")
+                return
+            with self._condition:
+                if self._update is update:  # else newer weights were pushed meanwhile: go round again
+                    engine.state = "ready"
+                    self._condition.notify_all()
+                    return
+
+    def _lose(self, engine: _Engine, why: str) -> None:
+        with self._condition:
+            engine.state, engine.why = "lost", why
+            self._condition.notify_all()
+
+    # Weights.
+
+    def update_weights(self, update: WeightUpdate) -> list[int]:
+        """Bring all engines to new weights, at the same time and between two of their steps.
+
+        Engines that are being restarted get them before they take work. ``update.path`` must stay until the next
+        update has returned.
+
+        Returns:
+            The version each engine that is in service holds.
+
+        Raises:
+            WeightSyncFailed: an engine did not finish in ``rollout.start_timeout_s``, or refused the file; the message
+                names the engine and the stage.
+            NoEngines: none is left.
+        """
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+        with self._update_lock:
+            with self._condition:
+                before, self._update = self._update, update
+                ready = [engine for engine in self._engines if engine.state == "ready"]
+            sent = [(engine, engine.actor.update_weights.remote(update)) for engine in ready]
+            deadline = time.perf_counter() + self._config.start_timeout_s
+            versions = []
+            for engine, reference in sent:
+                try:
+                    versions.append(_get(reference, max(deadline - time.perf_counter(), 0.0)))
+                except GetTimeoutError:
+                    raise WeightSyncFailed(
+                        f"weights {update.version}: engine {engine.index} did not finish within "
+                        f"{self._config.start_timeout_s:g} s; {self._stage(engine)}"
+                    ) from None
+                except (ActorDiedError, ActorUnavailableError, EngineFailed, StaleEngine) as error:
+                    self._recover(engine, f"{type(error).__name__}: {error}", kill=isinstance(error, EngineFailed))
+                except Exception as error:
+                    if not versions:  # nobody took them: an engine that restarts must not try
+                        self._update = before
+                    raise WeightSyncFailed(f"weights {update.version}, engine {engine.index}: {error}") from error
+            with self._condition:
+                self._served = update.version
+                while not versions:  # all were being restarted: they come back with these weights
+                    versions = [update.version for engine in self._engines if engine.state == "ready"]
+                    if all(engine.state == "lost" for engine in self._engines):
+                        raise NoEngines(f"no rollout engine is left; the last one: {self._engines[-1].why}")
+                    if not versions:
+                        self._condition.wait(1.0)
+            return versions
+
+    # Looking.
+
+    def infos(self) -> list[EngineInfo | None]:
+        """What each engine says about itself; None for one that does not answer."""
+
+        def ask(engine: _Engine) -> EngineInfo | None:
+            from ray.exceptions import RayError
+
+            try:
+                return self._info(engine) if engine.state == "ready" else None
+            except RayError:
+                return None
+
+        with ThreadPoolExecutor(len(self._engines)) as threads:
+            return list(threads.map(ask, self._engines))
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the run's log. Those per second and ``preemptions`` cover the time since the last call."""
+        infos = self.infos()
+        tokens = busy_s = 0.0
+        preemptions = active = 0
+        with self._condition:
+            for engine, info in zip(self._engines, infos, strict=True):
+                if info is None:
+                    continue
+                if info.tokens < engine.tokens:  # restarted since: it counts from 0 again
+                    engine.tokens, engine.busy_s, engine.preemptions = 0, 0.0, 0
+                tokens += info.tokens - engine.tokens
+                busy_s += info.busy_s - engine.busy_s
+                preemptions += info.preemptions - engine.preemptions
+                active += info.active
+                engine.tokens, engine.busy_s, engine.preemptions = info.tokens, info.busy_s, info.preemptions
+            now = time.perf_counter()
+            wall_s, self._began_metrics = now - self._began_metrics, now
+            states = [engine.state for engine in self._engines]
+            return {
+                "engine/tokens_per_s": tokens / wall_s if wall_s > 0 else 0.0,
+                "engine/busy_tokens_per_s": tokens / busy_s if busy_s > 0 else 0.0,  # of one engine while it works
+                "engine/busy_fraction": busy_s / (wall_s * len(states)) if wall_s > 0 else 0.0,
+                "engine/running": float(active),
+                "engine/preemptions": float(preemptions),
+                "engine/ready": float(states.count("ready")),
+                "engine/restarts": float(self._counts["restarts"]),
+                "engine/requeued": float(self._counts["requeued"]),
+                "engine/timeouts": float(self._counts["timeouts"]),
+                "engine/version": float(self._served),
+            }
+
+    def close(self) -> None:
+        """End all engines. Calls that still wait fail. Safe to call again."""
+        import ray
+
+        with self._condition:
+            if self._closed:
+                return
+            self._closed = True
+            self._condition.notify_all()
+        if ray.is_initialized():
+            for engine in self._engines:
+                ray.kill(engine.actor, no_restart=True)
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_FIX = "Lower rollout.engines or rollout.cpus, or join a larger cluster."
+
+
+def _get(reference: Any, timeout_s: float) -> Any:
+    """`ray.get` that raises the actor's own exception instead of Ray's wrapper around it."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+def _resources(amounts: Mapping[str, float], names: Iterable[str]) -> str:
+    return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in names)

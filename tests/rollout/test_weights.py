@@ -1,0 +1,77 @@
+"""Weight files: what is read is what was written, or an error."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from memento.rollout.weights import (
+    WeightsCorrupt,
+    WeightUpdate,
+    file_checksum,
+    read_weights,
+    shared_memory_folder,
+    write_weights,
+)
+
+TENSORS = {"a.weight": torch.randn(7, 5), "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T}
+
+
+def test_round_trip_keeps_names_types_and_bits(tmp_path: Path):
+    update = write_weights(TENSORS, tmp_path, 3)
+    assert (update.version, update.bytes) == (3, update.path.stat().st_size)
+    loaded = read_weights(pickle.loads(pickle.dumps(update)))
+    assert loaded.keys() == TENSORS.keys()
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
+    assert WeightUpdate.model_validate(update.model_dump(mode="json")) == update
+
+
+def test_only_the_version_before_is_kept_and_nothing_half_written(tmp_path: Path):
+    for version in (1, 2, 3, 10):
+        write_weights(iter(TENSORS.items()), tmp_path, version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "weights-00000003.safetensors",
+        "weights-00000010.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "bytes"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "checksum"),
+        (None, "no file"),
+    ],
+)
+def test_a_damaged_file_is_never_loaded(tmp_path: Path, damage, message):
+    update = write_weights(TENSORS, tmp_path, 1)
+    data = update.path.read_bytes()
+    update.path.unlink()
+    if damage is not None:
+        update.path.write_bytes(damage(data))
+    with pytest.raises(WeightsCorrupt, match=message):
+        read_weights(update)
+
+
+def test_the_checksum_covers_every_piece_and_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("memento.rollout.weights._PIECE_BYTES", 4)
+    file = tmp_path / "file"
+    sums = set()
+    for content in (b"aaaabbbbc", b"bbbbaaaac", b"aaaabbbbd", b"aaaabbbb", b""):
+        file.write_bytes(content)
+        sums.add(file_checksum(file))
+    assert len(sums) == 5
+
+
+def test_the_shared_folder_is_private_and_new():
+    folder = shared_memory_folder()
+    try:
+        assert folder.stat().st_mode & 0o077 == 0
+        assert not list(folder.iterdir())
+    finally:
+        folder.rmdir()
