@@ -5,8 +5,8 @@ from memento.links import package
 __path__, __getattr__ = package(
     __file__,
     eviction_args="memento.rollout.plugin",
-    EvictionStats="memento.rollout.statistics",
-    eviction_stats="memento.rollout.statistics",
+    EvictionStats="memento.rollout.request_statistics",
+    eviction_stats="memento.rollout.request_statistics",
     RolloutPool="memento.rollout.pool",
     RolloutEngine="memento.rollout.engine",
     WeightUpdate="memento.rollout.weights",

@@ -284,7 +284,7 @@ class RolloutEngine:
         seconds: float,
         model: _Model,
     ) -> Trajectory:
-        from memento.rollout.statistics import eviction_stats
+        from memento.rollout.request_statistics import eviction_stats
 
         completion = output.outputs[0]
         what = f"{request.group_id}, sample {index}"

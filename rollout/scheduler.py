@@ -24,7 +24,7 @@ from memento.rollout.compatibility import check_config, check_vllm
 from memento.rollout.kv_manager import EvictingManager, manager_of
 from memento.rollout.options import EvictionOptions
 from memento.rollout.plan import CONTROL_KEY, Compaction, ControlError, EvictionPlan, EvictionStep, RequestControl
-from memento.rollout.statistics import summarize
+from memento.rollout.request_statistics import summarize
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

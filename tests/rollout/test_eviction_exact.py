@@ -36,7 +36,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from memento.format import MementoFormat, evictions, kv_profile, visible_until
 from memento.rollout import EvictionStats, eviction_args, eviction_stats
 from memento.rollout.kv_layout import PageLayout, learn_packing
-from memento.rollout.statistics import MissingStats
+from memento.rollout.request_statistics import MissingStats
 
 PAGE, VOCAB, LAYERS, KV_HEADS, HEAD = 32, 64, 3, 2, 32
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)

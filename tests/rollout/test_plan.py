@@ -20,7 +20,7 @@ from memento.rollout.plan import (
     EvictionStep,
     RequestControl,
 )
-from memento.rollout.statistics import EvictionStats, summarize
+from memento.rollout.request_statistics import EvictionStats, summarize
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
 TRACE = [9, 1, 7, 7, 2, 3, 8, 4, 9]  # the worked example of memento.format
