@@ -82,14 +82,14 @@ class Learner:
         """One RL step: an optimiser step for each minibatch.
 
         Returns:
-            Over the step's loss tokens: ``loss`` and ``grad_norm`` (means over minibatches), ``lr``, ``entropy``,
+            Over the step's loss tokens: ``train/{loss, grad_norm}`` (means over minibatches), ``train/{lr, entropy}``,
             ``ratio/{min, mean, max}``, ``clip/{low_fraction, high_fraction}``, ``advantage/{min, max}``,
-            ``kl_reference`` (k3; only with ``algorithm.kl_coef`` > 0), ``loss_tokens``, and the truncated importance
-            sampling weights' ``mismatch/weight_mean`` and ``mismatch/capped_fraction``. Over all sampled tokens, the
-            sampler against the learner's weights before the step: ``mismatch/kl_mean`` and ``mismatch/kl_max`` (k3),
-            ``mismatch/max_abs_logprob_diff``. Beside them ``optimizer_steps`` (since the start of the run),
-            ``skipped_minibatches`` (all tokens masked), ``learner/{seconds, tokens_per_s}``. A metric without tokens is
-            left out.
+            ``train/kl_reference`` (k3; only with ``algorithm.kl_coef`` > 0), ``train/loss_tokens``, and the truncated
+            importance sampling weights' ``mismatch/weight_mean`` and ``mismatch/capped_fraction``. Over all sampled
+            tokens, the sampler against the learner's weights before the step: ``mismatch/kl_mean`` and
+            ``mismatch/kl_max`` (k3), ``mismatch/max_abs_logprob_diff``. Beside them ``train/optimizer_steps`` (since
+            the start of the run), ``train/skipped_minibatches`` (all tokens masked), ``learner/{seconds,
+            tokens_per_s}``. A metric without tokens is left out.
 
         Raises:
             NonFiniteLoss: the loss or gradient is NaN or infinite; the batch is saved in the run folder.
@@ -116,7 +116,7 @@ class Learner:
             ) from error
         seconds = time.monotonic() - started
         return merge_stats(stats) | {
-            "loss_tokens": float(sum(m.loss_tokens for m in batch.minibatches)),
+            "train/loss_tokens": float(sum(m.loss_tokens for m in batch.minibatches)),
             "learner/seconds": seconds,
             "learner/tokens_per_s": batch.tokens / seconds,
         }
@@ -230,19 +230,19 @@ def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
             tallies.setdefault(name, Tally()).merge(tally)
     first = ranks[0]
     metrics: dict[str, float] = {
-        "optimizer_steps": first.optimizer_steps,
-        "skipped_minibatches": first.skipped_minibatches,
+        "train/optimizer_steps": first.optimizer_steps,
+        "train/skipped_minibatches": first.skipped_minibatches,
     }
     if first.losses:
         losses = [sum(shares) for shares in zip(*(stats.losses for stats in ranks), strict=True)]
-        metrics |= {"loss": sum(losses) / len(losses), "lr": first.lr}
-        metrics["grad_norm"] = sum(first.grad_norms) / len(first.grad_norms)
+        metrics |= {"train/loss": sum(losses) / len(losses), "train/lr": first.lr}
+        metrics["train/grad_norm"] = sum(first.grad_norms) / len(first.grad_norms)
     means = {
-        "entropy": "entropy",
+        "entropy": "train/entropy",
         "ratio": "ratio/mean",
         "clip_low": "clip/low_fraction",
         "clip_high": "clip/high_fraction",
-        "kl_reference": "kl_reference",
+        "kl_reference": "train/kl_reference",
         "mismatch/kl": "mismatch/kl_mean",
         "mismatch/weight": "mismatch/weight_mean",
         "mismatch/capped": "mismatch/capped_fraction",

@@ -26,6 +26,7 @@ from memento.rewards.pool import RewardPool
 from memento.rl.batch import assemble
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
 from memento.rl.evaluate import EvalResult, evaluate
+from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
 from memento.rl.metrics import rollout_metrics
 from memento.rl.weight_sync import WeightSync
@@ -126,7 +127,9 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
                     save(run, step + 1, stream, window, learner, config)
 
         with run.phase("export"):
-            return learner.save_hf(run.folder / "hf")
+            model = learner.save_hf(run.folder / "hf")
+            finish_folder(model, run.folder, step=config.steps)
+            return model
 
 
 def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
@@ -210,7 +213,7 @@ def check_mismatch(
     config: RlConfig, run: Run, step: int, stats: dict[str, float], groups: Sequence[ScoredGroup]
 ) -> None:
     """Stop when the sampler's and the learner's log-probabilities drift apart: nothing after that can be trusted."""
-    limit, reached = config.algorithm.mismatch_kl_limit, stats["mismatch/kl_mean"]
+    limit, reached = config.algorithm.mismatch_kl_limit, stats.get("mismatch/kl_mean", 0.0)
     if limit is None or reached <= limit:
         return
     file = run.save_alarm(step, groups)

@@ -198,8 +198,8 @@ def test_a_step_is_that_of_plain_torch(name, learner_of, config_of, groups, mode
     after = weights_of(learner, tmp_path / "after")
     assert furthest(before, after) > 5e-3
     assert furthest(after, plain_step(model, groups, config, fmt)) < 1e-6
-    assert stats["optimizer_steps"] == 2 and stats["lr"] == config.learner.lr
-    assert stats["ratio/min"] < 1 < stats["ratio/max"] and stats["grad_norm"] > config.learner.max_grad_norm
+    assert stats["train/optimizer_steps"] == 2 and stats["train/lr"] == config.learner.lr
+    assert stats["ratio/min"] < 1 < stats["ratio/max"] and stats["train/grad_norm"] > config.learner.max_grad_norm
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("cispo", 64), ("cispo", 1), ("two ranks", 10_000), ("two ranks", 40)])
@@ -211,7 +211,7 @@ def test_neither_packing_nor_ranks_change_the_gradient(name, tokens, learner_of,
     batch = assemble(groups, config_of(name, 1, tokens), fmt)
     stats = learner.step(batch)
     assert furthest(weights_of(learner, tmp_path / "other"), reference) < 1e-6
-    for metric in ("loss", "grad_norm", "entropy", "mismatch/kl_mean", "mismatch/max_abs_logprob_diff", "loss_tokens"):
+    for metric in ("train/loss", "train/grad_norm", "train/entropy", "mismatch/kl_mean", "train/loss_tokens"):
         assert stats[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), metric
 
 
@@ -222,7 +222,7 @@ def test_an_idle_rank_takes_part(learner_of, config_of, groups, fmt, tmp_path):
     batch = assemble(groups[:1], config_of("two ranks", 1, 1, groups=1), fmt)
     assert sorted(int(row.loss_mask.any()) for rank in batch.minibatches[0].ranks for row in rank) == [0, 1, 1, 1]
     learner = learner_of("two ranks")
-    assert learner.step(batch)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert learner.step(batch)["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     assert furthest(weights_of(learner, tmp_path / "a"), weights_of(one_row, tmp_path / "b")) < 1e-6
 
 
@@ -235,8 +235,8 @@ def test_the_first_minibatch_meets_itself(learner_of, config_of, groups, fmt):
     stats = learner_of("grpo").step(assemble(groups, config_of("grpo", 1), fmt))
     assert (stats["ratio/min"], stats["ratio/mean"], stats["ratio/max"]) == (1.0, 1.0, 1.0)
     assert stats["clip/low_fraction"] == stats["clip/high_fraction"] == 0
-    assert stats["kl_reference"] == pytest.approx(0, abs=1e-12)
-    assert 0.9 * math.log(416) < stats["entropy"] < math.log(416)  # an untrained model is nearly uniform
+    assert stats["train/kl_reference"] == pytest.approx(0, abs=1e-12)
+    assert 0.9 * math.log(416) < stats["train/entropy"] < math.log(416)  # an untrained model is nearly uniform
 
 
 def test_packing_changes_no_logprob(learner_of, config_of, groups, model, fmt):
@@ -316,8 +316,8 @@ def test_two_and_two_steps_are_four(name, learner_of, config_of, groups, fmt, tm
     finally:
         fresh.close()
     for a, b in zip(whole[2:], again, strict=True):
-        assert [a[k] for k in ("loss", "grad_norm", "lr", "optimizer_steps", "ratio/max")] == [
-            b[k] for k in ("loss", "grad_norm", "lr", "optimizer_steps", "ratio/max")
+        assert [a[k] for k in ("train/loss", "train/grad_norm", "train/lr", "train/optimizer_steps", "ratio/max")] == [
+            b[k] for k in ("train/loss", "train/grad_norm", "train/lr", "train/optimizer_steps", "ratio/max")
         ]
 
 
@@ -331,7 +331,7 @@ def test_a_minibatch_without_loss_tokens_is_skipped(learner_of, config_of, group
         loss_tokens=0,
     )
     stats = learner.step(dataclasses.replace(batch, minibatches=(empty,)))
-    assert stats["skipped_minibatches"] == 1 and "loss" not in stats and stats["optimizer_steps"] == 0
+    assert stats["train/skipped_minibatches"] == 1 and "train/loss" not in stats and stats["train/optimizer_steps"] == 0
     assert furthest(before, weights_of(learner, tmp_path / "after")) == 0
 
 
