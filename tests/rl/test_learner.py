@@ -211,7 +211,14 @@ def test_neither_packing_nor_ranks_change_the_gradient(name, tokens, learner_of,
     batch = assemble(groups, config_of(name, 1, tokens), fmt)
     stats = learner.step(batch)
     assert furthest(weights_of(learner, tmp_path / "other"), reference) < 1e-6
-    for metric in ("train/loss", "train/grad_norm", "train/entropy", "mismatch/kl_mean", "train/loss_tokens"):
+    for metric in (
+        "train/loss",
+        "train/grad_norm",
+        "train/entropy",
+        "mismatch/kl_mean",
+        "mismatch/max_abs_logprob_diff",
+        "train/loss_tokens",
+    ):
         assert stats[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), metric
 
 
