@@ -16,6 +16,7 @@ def test_the_command_line_says_what_eviction_args_says() -> None:
     command = serve_command("some/model", fmt, ["--port", "8123", "--max-model-len", "2048"])
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+    assert parsed is not None
     assert (parsed.model, parsed.port, parsed.max_model_len) == ("some/model", 8123, 2048)
     arguments = AsyncEngineArgs.from_cli_args(parsed)
     for name, value in eviction_args(fmt).items():
