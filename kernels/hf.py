@@ -119,7 +119,7 @@ def _no_mask(*_: object, **__: object) -> None:
 
 
 def pack(
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[Sequence[int] | NDArray[np.integer]],
     visible_until: Sequence[Sequence[int] | NDArray[np.int64]],
     pad_to: int | None = None,
     pad_id: int = 0,

@@ -42,3 +42,11 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.split(_SENTINEL))
     middles = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [[*before, *middle, *after] for middle in middles]
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The id of the token with which the chat template ends the assistant's turn; ``eos_token_id`` if it adds none."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(_SENTINEL)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if ids else int(tokenizer.eos_token_id)

@@ -1,0 +1,317 @@
+"""One SFT stage, as a process of its own.
+
+    python -m memento.sft.train configs/sft/quickstart_stage1.yaml out=runs/stage1 seed=1
+    memento sft configs/sft/quickstart_stage2.yaml model=runs/stage1/hf out=runs/stage2
+
+TRL's SFTTrainer under DeepSpeed does the training. What is ours: the rows carry ``visible_until`` and the model reads
+it (`memento.kernels.hf`), so that ``stage`` is one config word; the plan of which trace is trained on when is fixed
+before the first step; the loss is reported for blocks, mementos, delimiters and the answer apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from memento.config import SftConfig, load_config
+from memento.errors import UserError
+from memento.run import Run, RunStopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 128 + signal when stopped."""
+    parser = argparse.ArgumentParser(prog="python -m memento.sft.train", description="Run one SFT stage.")
+    parser.add_argument("config", help="YAML file, e.g. configs/sft/quickstart_stage1.yaml")
+    parser.add_argument("overrides", nargs="*", help="a.b=c")
+    parser.add_argument("--resume", action="store_true", help="go on in the run folder")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if not isinstance(config, SftConfig):
+            raise UserError(f"{arguments.config} has kind: {config.kind}; `memento sft` takes kind: sft.")
+        train(config, resume=arguments.resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as stopped:
+        return int(stopped.code or 1)
+    return 0
+
+
+def train(config: SftConfig, *, resume: bool = False) -> Path:
+    """Run the stage and save the model.
+
+    In a distributed launch (RANK and WORLD_SIZE set, e.g. by torchrun) every rank calls this; rank 0 owns the folder.
+
+    Returns:
+        ``config.out / "hf"``: model, tokenizer, chat template, generation config.
+
+    Raises:
+        UserError: bad data, model or run folder; nothing is written then.
+        RunStopped: a signal; the run was saved and can be resumed.
+    """
+    _prepare_environment(config)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if config.optimizer == "muon" and config.zero_stage != 0:
+        raise UserError("optimizer: muon needs zero_stage: 0 (Muon works on whole matrices, ZeRO shards flatten them).")
+    if config.model is not None:
+        from memento.preflight import check_model
+
+        check_model(config.model)
+
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from memento.sft.data import pack_steps, training_examples
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    tokenizer, model, added = _load(config)
+    fmt = config.format.bind(tokenizer)
+    data, steps = training_examples(config, tokenizer, fmt)
+    rows, per_rank = pack_steps(steps, [len(e) for e in data.examples], config.micro_batch_tokens, ranks)
+
+    folder = config.out / "hf"
+    with Run.open(config, resume=resume) if rank == 0 else nullcontext() as run:
+        if run is not None:
+            run.total_steps = len(steps)
+            run.say(f"{config.stage}: {data.report()}; {len(steps)} steps of {config.batch_size} traces")
+            if added:
+                run.say(f"added to the tokenizer: {', '.join(added)}")
+        trainer = _trainer(config, model, tokenizer, data.examples, rows, len(steps), per_rank, run)
+        checkpoint = _last_checkpoint(config.out) if resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if run is not None and run.stopping:
+            run.stop()
+        _settle_for_generation(model, tokenizer)
+        trainer.save_model(str(folder))  # gathers shards: every rank takes part
+        if run is not None:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the model
+            (config.out / "data.json").write_text(
+                json.dumps({"traces": len(data.examples), "dropped": data.dropped, "truncated": data.truncated}) + "\n"
+            )
+            run.say(f"saved {folder}")
+    torch.distributed.destroy_process_group()
+    return folder
+
+
+def _prepare_environment(config: SftConfig) -> None:
+    """What must be set before torch, transformers and DeepSpeed are imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Without these DeepSpeed looks for MPI. torchrun and the like set them before us.
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or os.cpu_count() or 1))
+    # OpenMP's idle threads give their core away instead of spinning: on two shared cores steps are up to 8x faster.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not Path("/proc/driver/nvidia/gpus").is_dir():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _load(config: SftConfig) -> tuple[Any, Any, list[str]]:
+    """(tokenizer, model with memento attention, added tokens)."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from memento.kernels.hf import attach
+    from memento.sft.tokens import add_delimiters
+    from memento.tiny import write_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = str(config.model) if config.model is not None else str(write_tiny_model(folder, config.seed))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Mixed precision keeps fp32 master weights, so the model is loaded in fp32 whatever `dtype` computes in.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    added = add_delimiters(model, tokenizer, config.seed)
+    try:
+        attach(model)
+    except ValueError as error:
+        raise UserError(f"{config.model} cannot be trained with memento attention: {error}") from error
+    return tokenizer, model, added
+
+
+def _settle_for_generation(model: Any, tokenizer: Any) -> None:
+    """What the saved folder says about generating: with a KV cache, and until the assistant's turn ends."""
+    from memento.chat import end_of_turn
+
+    model.config.use_cache = True  # the trainer switched it off
+    known = model.generation_config.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or [])
+    if end_of_turn(tokenizer) not in ends:
+        model.generation_config.eos_token_id = [end_of_turn(tokenizer), *ends]
+
+
+def deepspeed_config(config: SftConfig, per_rank: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage; ``per_rank`` rows are accumulated in a step."""
+    mixed = {"bf16": {"enabled": config.dtype == "bfloat16"}}
+    if config.optimizer == "muon":
+        # bf16 mode flattens the master weights; autocast leaves the matrices whole.
+        mixed = {"torch_autocast": {"enabled": config.dtype == "bfloat16", "dtype": "bfloat16"}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": per_rank,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,  # ours and torch's AdamW: DeepSpeed's own are compiled at first use
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **mixed,
+    }
+
+
+def _trainer(
+    config: SftConfig,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    rows: list[list[int]],
+    steps: int,
+    per_rank: int,
+    run: Run | None,
+) -> Any:
+    import deepspeed.ops
+    import torch
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PrinterCallback, TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from memento.sft.data import Region, RowCollator
+    from memento.sft.optimizer import learning_rate, make_optimizer
+
+    # Compiling it takes half a minute, and gloo does as well without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer with our optimiser, our schedule, and the loss of each region of a trace."""
+
+        region: torch.Tensor  # of the row in the forward pass now, [1, T]
+        region_loss: torch.Tensor  # sums since the last report, [len(Region)]
+        region_tokens: torch.Tensor
+
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            if self.optimizer is None:
+                self.optimizer = make_optimizer(cast(nn.Module, self.model if model is None else model), config)
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            if self.lr_scheduler is None:
+                chosen = self.optimizer if optimizer is None else optimizer
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, learning_rate(config, num_training_steps))
+            return self.lr_scheduler
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.region = inputs.pop("region")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def watch(self, _module: Any, _args: Any, outputs: Any) -> None:
+            """Sum the loss of each region; TRL's fused head has it per token at the positions before."""
+            if outputs.log_probs is None:
+                return
+            where = self.region[0, 1:]
+            self.region_loss.index_add_(0, where.cpu(), -outputs.log_probs.detach()[0].float().cpu())
+            self.region_tokens.index_add_(0, where.cpu(), torch.ones(len(where)))
+
+        def take_region_losses(self) -> dict[str, float]:
+            """Mean loss of each region since the last call."""
+            pairs = zip(Region, self.region_loss.tolist(), self.region_tokens.tolist(), strict=True)
+            means = {f"loss/{r.name.lower()}": s / n for r, s, n in pairs if n and r is not Region.PROMPT}
+            self.reset_regions()
+            return means
+
+        def reset_regions(self) -> None:
+            self.region_loss, self.region_tokens = torch.zeros(len(Region)), torch.zeros(len(Region))
+
+    class Reporter(TrainerCallback):
+        """Writes metrics and the progress line, and turns a signal into a checkpoint and an end."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if run is None or logs is None or "loss" not in logs:
+                return
+            names = {
+                "loss": "train/loss",
+                "grad_norm": "train/grad_norm",
+                "learning_rate": "train/lr",
+                "entropy": "train/entropy",
+                "mean_token_accuracy": "train/token_accuracy",
+                "num_tokens": "train/tokens",
+            }
+            metrics = {name: float(logs[key]) for key, name in names.items() if key in logs}
+            run.log(state.global_step, metrics | trainer.take_region_losses())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if run is not None and run.stopping and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+
+    arguments = SFTConfig(
+        output_dir=str(config.out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=per_rank,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "bfloat16" and config.optimizer != "muon",
+        gradient_checkpointing=config.gradient_checkpointing,
+        deepspeed=deepspeed_config(config, per_rank),
+        use_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"examples": rows}),
+        data_collator=RowCollator(examples),
+        processing_class=tokenizer,
+        callbacks=[Reporter()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.reset_regions()
+    model.register_forward_hook(trainer.watch)
+    return trainer
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = out / "checkpoints"
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

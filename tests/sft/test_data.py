@@ -1,0 +1,173 @@
+"""From traces to packed rows: what is kept, what is masked, and the plan of the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from memento.arithmetic import SloppyTeacher, make_problems, make_traces, plain_trace, worked_trace
+from memento.config import SftConfig, SftPhase, load_config
+from memento.errors import UserError
+from memento.format import NEVER, MementoFormat, visible_until
+from memento.sft.data import (
+    IGNORED,
+    Region,
+    RowCollator,
+    pack_steps,
+    read_examples,
+    read_rows,
+    strip_blocks,
+    training_examples,
+)
+
+GOOD = "<think>\n<|block_start|>1+1: total 2<|block_end|><|summary_start|>+1=2<|summary_end|>\n</think>\n2"
+
+
+@pytest.fixture(scope="module")
+def fmt(tokenizer) -> MementoFormat:
+    return MementoFormat.from_tokenizer(tokenizer, evict_delimiters=False)
+
+
+def config(**changes: object) -> SftConfig:
+    tree = {
+        "stage": "stage2",
+        "out": "unused",
+        "batch_size": 4,
+        "micro_batch_tokens": 1000,
+        "max_length": 500,
+        "seed": 0,
+    }
+    return SftConfig.model_validate(tree | changes)
+
+
+def test_loss_covers_the_completion_only_and_every_token_of_it(tokenizer, fmt: MementoFormat) -> None:
+    data = read_examples([("1+1?", GOOD)] * 2, tokenizer, fmt, "stage2", 500)
+    row = RowCollator(data.examples)([{"examples": [0, 1]}])
+    (example, _), (labels, ids) = data.examples, (row["labels"][0], row["input_ids"][0])
+    assert all(tensor.shape == (1, 2 * len(example)) for tensor in row.values())
+    trained = torch.tensor(([False] * example.prompt_len + [True] * (len(example) - example.prompt_len)) * 2)
+    assert torch.equal(labels != IGNORED, trained)
+    assert torch.equal(labels[trained], ids[trained])
+    text = tokenizer.decode(ids[trained][: int(trained.sum()) // 2])
+    assert text == GOOD + "<|im_end|>", "the end of the turn is learned"
+
+
+def test_stage_2_hides_finished_blocks_and_the_other_stages_nothing(tokenizer, fmt: MementoFormat) -> None:
+    rows = [("1+1?", GOOD)]
+    for stage in ("stage1", "control"):
+        example = read_examples(rows, tokenizer, fmt, stage, 500).examples[0]
+        assert (example.visible_until == NEVER).all()
+    example = read_examples(rows, tokenizer, fmt, "stage2", 500).examples[0]
+    assert (example.visible_until == visible_until(example.token_ids, fmt, example.prompt_len)).all()
+    hidden = tokenizer.decode(example.token_ids[example.visible_until != NEVER])
+    assert hidden == "1+1: total 2"
+
+
+def test_regions_of_a_trace(tokenizer, fmt: MementoFormat) -> None:
+    example = read_examples([("1+1?", GOOD)], tokenizer, fmt, "stage1", 500).examples[0]
+    text = {region: tokenizer.decode(example.token_ids[example.region == region]) for region in Region}
+    assert text[Region.BLOCK] == "1+1: total 2"
+    assert text[Region.MEMENTO] == "+1=2"
+    assert text[Region.DELIMITER] == "<|block_start|><|block_end|><|summary_start|><|summary_end|>"
+    assert text[Region.ANSWER] == "<think>\n\n</think>\n2<|im_end|>"
+
+
+def test_delimiters_spelled_in_the_problem_are_text(tokenizer, fmt: MementoFormat) -> None:
+    example = read_examples([("what is <|block_start|>?", GOOD)], tokenizer, fmt, "stage2", 500).examples[0]
+    assert (example.token_ids == fmt.block_start).sum() == 1
+
+
+def test_what_cannot_be_used_is_dropped_and_counted(tokenizer, fmt: MementoFormat) -> None:
+    rows = [
+        ("a", GOOD),
+        ("", GOOD),
+        ("b", "<think>\nno blocks</think>\n2"),
+        ("c", GOOD.replace("<|block_end|>", "")),
+        ("d", GOOD + "<|block_start|>unclosed"),
+        ("e" * 2000, GOOD),
+        ("f", GOOD + " long" * 500),
+    ]
+    data = read_examples(rows, tokenizer, fmt, "stage1", 100)
+    assert len(data.examples) == 2
+    assert data.dropped == {"empty": 1, "no blocks": 1, "malformed blocks": 2, "prompt too long": 1}
+    assert data.truncated == 1
+    assert max(map(len, data.examples)) == 100
+    assert "2 dropped (malformed blocks)" in data.report()
+    control = read_examples(rows, tokenizer, fmt, "control", 100)
+    assert len(control.examples) == 3, "a plain trace is what the control is for"
+    assert not any(np.isin(e.token_ids, fmt.delimiter_ids).any() for e in control.examples)
+
+
+def test_stripping_a_worked_trace_gives_the_plain_one() -> None:
+    for problem in make_problems(20, 0):
+        worked = worked_trace(problem, Random(3), SloppyTeacher())
+        assert strip_blocks(worked) == plain_trace(problem, Random(3), SloppyTeacher())
+
+
+def test_rows_are_read_from_jsonl_and_errors_name_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"problem": "p", "response": "r", "domain": "math"}) + "\n\n")
+    assert list(read_rows(file)) == [("p", "r")]
+    file.write_text('{"problem": "p", "response": "r"}\n{"problem": "p"}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl, line 2: `response` is missing"):
+        list(read_rows(file))
+    file.write_text('{"problem": \n')
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        list(read_rows(file))
+    with pytest.raises(UserError, match="no data file"):
+        list(read_rows(tmp_path / "absent.jsonl"))
+
+
+def test_phases_follow_each_other_and_the_plan_is_a_function_of_the_seed(tokenizer, fmt: MementoFormat) -> None:
+    phases = [
+        {"steps": 3, "problems": {"min_terms": 2, "max_terms": 2}},
+        {"steps": 2, "problems": {"min_terms": 4, "max_terms": 4}},
+    ]
+    data, steps = training_examples(config(phases=phases), tokenizer, fmt)
+    again, _ = training_examples(config(phases=phases), tokenizer, fmt)
+    assert [len(step) for step in steps] == [4] * 5
+    blocks = [int((data.examples[i].token_ids == fmt.block_start).sum()) for step in steps for i in step]
+    assert max(blocks[:12]) == 1 < min(blocks[12:])
+    assert all((a.token_ids == b.token_ids).all() for a, b in zip(data.examples, again.examples, strict=True))
+    same = [phases[0], phases[0]]
+    data, _ = training_examples(config(phases=same), tokenizer, fmt)
+    assert [e.token_ids.tolist() for e in data.examples[:12]] != [e.token_ids.tolist() for e in data.examples[12:]]
+
+
+def test_epochs_over_a_file_show_every_trace_equally_often(tokenizer, fmt: MementoFormat, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    rows = [{"problem": p.prompt, "response": t} for p, t in make_traces(8, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, steps = training_examples(config(data=file, epochs=3), tokenizer, fmt)
+    assert len(steps) == 6
+    assert sorted(i for step in steps for i in step) == sorted(list(range(8)) * 3)
+    assert steps[:2] != steps[2:4]
+    with pytest.raises(UserError, match="less than one batch of 4"):
+        training_examples(config(data=file, epochs=0.25), tokenizer, fmt)
+
+
+def test_a_step_is_spread_over_rows_of_about_equal_length() -> None:
+    lengths = [90, 10, 50, 50, 40, 60, 30, 70]
+    rows, per_rank = pack_steps([[0, 1, 2, 3], [4, 5, 6, 7]], lengths, micro_batch_tokens=110, ranks=1)
+    assert per_rank == 2
+    assert [sorted(r) for r in rows] == [[0, 1], [2, 3], [6, 7], [4, 5]]
+    rows, per_rank = pack_steps([[0, 1, 2, 3]], lengths, micro_batch_tokens=5, ranks=2)
+    assert per_rank == 2, "a trace longer than the budget has a row of its own"
+    assert sorted(map(len, rows)) == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="every rank needs a trace"):
+        pack_steps([[0]], lengths, micro_batch_tokens=100, ranks=2)
+
+
+@pytest.mark.parametrize("name", ["quickstart_stage1", "quickstart_stage2", "quickstart_control"])
+def test_shipped_configs_load(name: str) -> None:
+    import memento
+
+    shipped = load_config(Path(memento.__file__).parent / "configs" / "sft" / f"{name}.yaml")
+    assert isinstance(shipped, SftConfig)
+    assert shipped.stage == name.removeprefix("quickstart_")
+    assert all(isinstance(phase, SftPhase) and phase.problems for phase in shipped.phases)
