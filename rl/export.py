@@ -202,8 +202,9 @@ def check_model_folder(folder: str | Path, format: FormatConfig | None = None) -
     from transformers.utils import logging
 
     folder = Path(folder)
-    quiet = logging.get_verbosity()
+    quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its own report of what is missing; ours is the error below
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
@@ -213,6 +214,8 @@ def check_model_folder(folder: str | Path, format: FormatConfig | None = None) -
         raise ExportError(f"{folder} does not load: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(quiet)
+        if bars:
+            logging.enable_progress_bar()
     tied = dict(model.all_tied_weights_keys)
     wrong = {
         "missing": sorted(set(info["missing_keys"]) - set(tied)),
