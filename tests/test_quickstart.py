@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_engine_and_learner_agree_on_every_sampled_token(quickstart: Path) -> No
     assert all(t.evictions for t in several), "blocks really left the cache"
 
 
-def tokenizer(folder: Path):
+def tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -95,7 +96,7 @@ def test_the_export_is_a_plain_model(quickstart: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = quickstart / "rl" / "hf"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     card = (folder / "README.md").read_text()
     assert "memento" in card.lower() and "groups_per_step" in card
     trajectory = next(read_trajectories(quickstart / "eval" / "control_full_t1.0.jsonl"))
