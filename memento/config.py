@@ -125,7 +125,7 @@ class RolloutConfig(Section):
     max_model_len: int | None = Field(default=None, gt=0)
     """Logical tokens of prompt and completion together. null: the model's own limit."""
     kv_cache_mib: int | None = Field(default=None, gt=0)
-    """KV pool. null: vLLM's own rule (`gpu_memory_utilization`)."""
+    """KV pool. null: vLLM's own rule (`gpu_memory_utilization`); on CPU 1024."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
     block_size: int | None = Field(default=None, gt=0)
     """Tokens of a KV page. null: vLLM's default. Small pages free more of a block (32 on CPU)."""

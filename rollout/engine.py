@@ -8,6 +8,7 @@ and the check that the engine evicted exactly what the tokens ask for.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import sys
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 FIRST_VERSION = 0
 """The weights of the model folder."""
+
+CPU_KV_CACHE_MIB = 1024
+"""KV pool of an engine on CPU that names none: vLLM's own rule takes most of the machine's memory for each engine."""
 
 
 class StaleEngine(RuntimeError):
@@ -124,6 +128,8 @@ class RolloutEngine:
             await asyncio.wrap_future(self._thread.started)
         except UserError:
             raise
+        except ValueError as error:  # how vLLM answers to settings that do not go together
+            raise UserError(f"vLLM refuses the rollout settings: {' '.join(str(error).split())}") from error
         except Exception as error:
             raise EngineFailed(f"engine {self._index} did not start: {type(error).__name__}: {error}") from error
         if update is None:
@@ -359,6 +365,7 @@ def set_environment(config: RolloutConfig) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its dozen warnings at each start hide ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM reads its own level, it warns by Python's default
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     if config.device != "cuda":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines share the cores
@@ -389,8 +396,11 @@ def engine_arguments(config: RolloutConfig, model: str, fmt: MementoFormat) -> d
         "use_tqdm_on_load": False,
         **eviction_args(fmt),
     }
-    if config.kv_cache_mib is not None:
-        arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20
+    pool_mib = config.kv_cache_mib
+    if pool_mib is None and config.device != "cuda":
+        pool_mib = CPU_KV_CACHE_MIB
+    if pool_mib is not None:
+        arguments["kv_cache_memory_bytes"] = pool_mib << 20
     if config.block_size is not None:
         arguments["block_size"] = config.block_size
     return arguments
