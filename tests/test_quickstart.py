@@ -145,6 +145,25 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(quickstart: Path, tmp_path: 
         assert [row[name] for row in read_metrics(parts)] == [row[name] for row in read_metrics(whole)]
 
 
+def test_rollouts_may_run_ahead_on_several_engines(quickstart: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ahead"
+    ahead = ["steps=4", "max_lag=1", "rollout.engines=2", "rollout.cpus=0.5", "rollout.kv_cache_mib=64"]
+    grpo = ["algorithm.loss=grpo", "algorithm.kl_coef=0.001", "algorithm.advantage_std=group"]
+    config = REPOSITORY / "configs" / "rl" / "small.yaml"
+    train = [sys.executable, "-m", "memento.rl.train", str(config)]
+    done = run([*train, *overrides(quickstart, out), *ahead, *grpo], timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all((row["lag/max"] or 0) <= 1 for row in rows)
+    assert max(row["lag/max"] or 0 for row in rows) == 1, "some groups were sampled by the weights of the step before"
+    assert all(row["train/kl_reference"] is not None for row in rows)
+    # Admission bounds the lag here, so no sample was wasted.
+    assert sum(row["groups/stale"] or 0 for row in rows) == 0
+    engines = {trajectory.engine for trajectory in read_trajectories(out / "rollouts.jsonl")}
+    assert engines == {0, 1}
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A Ray head of our own, with a dashboard for job submission."""
