@@ -25,6 +25,7 @@ from memento.sft.data import (
     training_examples,
 )
 
+STAGES = ("stage1", "stage2", "control")
 GOOD = "<think>\n<|block_start|>1+1: total 2<|block_end|><|summary_start|>+1=2<|summary_end|>\n</think>\n2"
 
 
@@ -163,11 +164,11 @@ def test_a_step_is_spread_over_rows_of_about_equal_length() -> None:
         pack_steps([[0]], lengths, micro_batch_tokens=100, ranks=2)
 
 
-@pytest.mark.parametrize("name", ["quickstart_stage1", "quickstart_stage2", "quickstart_control"])
+@pytest.mark.parametrize("name", [f"{size}_{stage}" for size in ("quickstart", "small") for stage in STAGES])
 def test_shipped_configs_load(name: str) -> None:
     import memento
 
     shipped = load_config(Path(memento.__file__).parent / "configs" / "sft" / f"{name}.yaml")
     assert isinstance(shipped, SftConfig)
-    assert shipped.stage == name.removeprefix("quickstart_")
+    assert shipped.stage == name.split("_")[1]
     assert all(isinstance(phase, SftPhase) and phase.problems for phase in shipped.phases)
