@@ -77,7 +77,7 @@ class Trajectory(Record):
         prompt_ids: [P] token ids of the rendered prompt.
         completion_ids: [C] token ids as they left the sampler, the end token included.
         rollout_logprobs: [C] log-probability of each completion token under the processed (temperature-scaled)
-            distribution it was sampled from. For a forced token, the model's own log-probability of it.
+            distribution it was sampled from. A forced token's is 0: the cap left no other choice.
         forced: positions in the completion that the block cap wrote; never sampled, so never in a loss.
         weight_versions: which weights sampled which tokens; spans cover [0, C) in order.
         evictions: evictions the engine really carried out, in absolute positions (prompt included).

@@ -141,8 +141,12 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(quickstart: Path, tmp_path: 
     assert refused.returncode == 2 and "--resume" in refused.stderr
     resumed = run([*train, *overrides(quickstart, parts), "steps=3", "--resume"], timeout=400)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
+    # The same tokens. The losses differ in the last digits: which requests share an engine step depends on timing.
+    sampled = [[t.completion_ids for t in read_trajectories(folder / "rollouts.jsonl")] for folder in (whole, parts)]
+    assert sampled[0] == sampled[1]
     for name in ("train/loss", "reward/mean", "train/grad_norm"):
-        assert [row[name] for row in read_metrics(parts)] == [row[name] for row in read_metrics(whole)]
+        before, after = ([float(row[name] or 0) for row in read_metrics(folder)] for folder in (whole, parts))
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-5), name
 
 
 def test_rollouts_may_run_ahead_on_several_engines(quickstart: Path, tmp_path: Path) -> None:
