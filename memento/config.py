@@ -163,25 +163,81 @@ class RewardsConfig(Section):
 class AlgorithmConfig(Section):
     """Which policy gradient, and what corrects it."""
 
-    loss: Literal["cispo", "grpo"] = "cispo"
+    loss: Literal["cispo", "grpo", "gspo"] = "cispo"
+    """cispo: REINFORCE with a clipped weight. grpo: PPO's clipped surrogate. gspo: that with one ratio a sequence."""
     clip_low: float = Field(default=0.2, ge=0)
-    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high] (CISPO: the weight; GRPO: the surrogate)."""
+    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high] (CISPO: the weight; GRPO, GSPO: the surrogate).
+    GSPO's ratio is a mean over a sequence and needs far narrower bounds: 3e-4 and 4e-4 in its paper."""
     clip_high: float = Field(default=0.2, ge=0)
-    advantage_std: Literal["batch", "group", "none"] = "batch"
-    """Divide the centred reward by the standard deviation of the whole batch, of its group, or not at all."""
-    aggregation: Literal["token", "sequence", "group"] = "group"
+    advantage_baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    """What is taken off a reward: the mean of its group, of the other completions of its group (RLOO), or of the whole
+    batch (REINFORCE++)."""
+    advantage_std: Literal["batch", "centred", "group", "none"] = "batch"
+    """Divide the centred reward by the standard deviation of the whole batch's rewards, of the whole batch's centred
+    rewards (REINFORCE++ with the group as baseline), of its group's rewards, or not at all."""
+    aggregation: Literal["token", "sequence", "group", "constant"] = "group"
     """token: mean over all tokens. sequence: mean over tokens, then over sequences. group: every group weighs the same,
-    its tokens share that weight."""
+    its tokens share that weight. constant: the sum over tokens, divided by sequences x `aggregation_tokens`."""
+    aggregation_tokens: int | None = Field(default=None, gt=0)
+    """The length in the divisor of `aggregation: constant`. null: `sampling.max_tokens`."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of KL(policy || reference) in the loss. 0 needs no reference model."""
+    """Weight of KL(policy || reference). 0 needs no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    sampler_correction: Literal["tis", "none"] = "tis"
-    """Truncated importance sampling against the mismatch between the engine's and the learner's log-probabilities."""
+    """k2 and k3 are meant for the loss (the gradient of k1 is 0 in expectation), k1 for the reward."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a penalty on every token. reward: the KL of a whole completion is taken off its reward, before advantages;
+    that costs a forward pass of policy and reference."""
+    sampler_correction: Literal["tis", "icepop", "sequence_tis", "none"] = "tis"
+    """Against the mismatch between the engine's and the learner's log-probabilities. tis: every token is weighted by
+    its ratio learner / engine, at most the cap (truncated importance sampling). icepop: by its ratio, and by 0 outside
+    of `sampler_mask_range`. sequence_tis: by the ratio of its whole sequence, at most the cap."""
     sampler_correction_cap: float = Field(default=2.0, ge=1)
+    """Largest weight of tis and sequence_tis."""
+    sampler_mask: Literal["none", "sequence", "geometric"] = "none"
+    """Leave out whole sequences whose ratio learner / engine lies outside of `sampler_mask_range`. sequence: the
+    product over its tokens. geometric: their geometric mean. Comes on top of `sampler_correction`."""
+    sampler_mask_range: tuple[float, float] | None = None
+    """Ratios that icepop, or `sampler_mask`, keeps: [low, high] around 1. IcePop's paper: [0.5, 5]."""
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss."""
+    overlong_buffer_tokens: int = Field(default=0, ge=0)
+    """Completions pay for the last so many tokens before `sampling.max_tokens`: from 0 linearly to `overlong_penalty`,
+    which truncated ones pay in full (DAPO's overlong shaping). 0: none pays."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    """Reward that a truncated completion loses. Read only with `overlong_buffer_tokens`."""
+    dynamic_sampling: bool = False
+    """Replace groups whose scores are all equal by groups of further problems (DAPO)."""
+    dynamic_sampling_cap: float = Field(default=4.0, gt=0)
+    """A step drops at most this many times `groups_per_step` groups; what is missing then is filled up with them."""
     mismatch_kl_limit: float | None = Field(default=None, gt=0)
     """Stop the run, and save the trajectories, when the mean mismatch KL of a step passes this. null: never."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.advantage_baseline == "batch" and self.advantage_std == "group":
+            raise ValueError(
+                "advantage_baseline batch and advantage_std group: a group of equal rewards lies off the batch's mean, "
+                "and its standard deviation is 0. Use advantage_std: batch"
+            )
+        if self.aggregation_tokens is not None and self.aggregation != "constant":
+            raise ValueError(f"aggregation_tokens is read by aggregation: constant, not by {self.aggregation}")
+        if self.kl_in == "reward" and self.kl_coef == 0:
+            raise ValueError("kl_in: reward with kl_coef 0 penalises nothing; set kl_coef")
+        if self.sampler_correction == "icepop" and self.sampler_mask != "none":
+            raise ValueError(
+                "icepop masks tokens and sampler_mask sequences, by the same sampler_mask_range; use one of the two"
+            )
+        masks = self.sampler_correction == "icepop" or self.sampler_mask != "none"
+        if masks and self.sampler_mask_range is None:
+            name = "icepop" if self.sampler_correction == "icepop" else f"sampler_mask: {self.sampler_mask}"
+            raise ValueError(f"{name} needs sampler_mask_range, e.g. [0.5, 5]")
+        if not masks and self.sampler_mask_range is not None:
+            raise ValueError("sampler_mask_range is read by icepop and by sampler_mask, and neither is on")
+        if self.sampler_mask_range is not None and not 0 <= self.sampler_mask_range[0] < 1 < self.sampler_mask_range[1]:
+            raise ValueError(
+                f"sampler_mask_range {list(self.sampler_mask_range)} must hold 1, where engine and learner agree"
+            )
+        return self
 
 
 class LearnerConfig(Section):
@@ -292,6 +348,15 @@ class RlConfig(Section):
             )
         if self.group_size == 1 and self.algorithm.advantage_std == "group":
             raise ValueError("group_size 1 has no group standard deviation; use advantage_std: batch or none")
+        if self.group_size == 1 and self.algorithm.advantage_baseline == "leave_one_out":
+            raise ValueError("group_size 1 leaves no other completion for advantage_baseline: leave_one_out")
+        if self.group_size == 1 and self.algorithm.dynamic_sampling:
+            raise ValueError("dynamic_sampling drops groups of equal scores, and with group_size 1 every group is one")
+        if self.algorithm.overlong_buffer_tokens > self.sampling.max_tokens:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) is more than "
+                f"sampling.max_tokens ({self.sampling.max_tokens})"
+            )
         return self
 
 

@@ -25,8 +25,8 @@ import torch
 
 from memento.config import RlConfig
 from memento.format import NEVER, MementoFormat, visible_until
-from memento.rl.advantages import group_advantages
-from memento.rl.losses import aggregation_weights
+from memento.rl.advantages import group_advantages, overlong_penalty
+from memento.rl.losses import aggregation_weights, kl_divergence
 from memento.trajectory import FinishReason, ScoredGroup, Trajectory
 
 
@@ -79,10 +79,12 @@ class MiniBatch:
     Attributes:
         ranks: for each rank its microbatches, the same number on every rank.
         loss_tokens: loss tokens over all ranks, of the final mask: the one denominator. 0 if everything is masked.
+        sequences: for each microbatch of `ranks` which completions its documents are, counted over the whole step.
     """
 
     ranks: tuple[tuple[MicroBatch, ...], ...]
     loss_tokens: int
+    sequences: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -101,16 +103,27 @@ class TrainBatch:
 @dataclass(frozen=True, eq=False, slots=True)
 class _Sequence:
     trajectory: Trajectory
+    index: int
     advantage: float
     group: int
     sampled_mask: torch.Tensor
     loss_mask: torch.Tensor
 
 
-def assemble(groups: Sequence[ScoredGroup], config: RlConfig, fmt: MementoFormat) -> TrainBatch:
+def assemble(
+    groups: Sequence[ScoredGroup], config: RlConfig, fmt: MementoFormat, kl: torch.Tensor | None = None
+) -> TrainBatch:
     """Pack scored groups for `config.learner.ranks` ranks.
 
     Groups keep their order: minibatch i holds the i-th equal share of them. Advantages are those of the whole step.
+
+    Args:
+        groups: the step's.
+        config: `algorithm`, `learner`, `sampling` and `group_size` are read.
+        fmt: what the engines evicted.
+        kl: [groups x group_size] KL of each completion to the reference (`sequence_kl`), where it is a part of the
+            reward: ``reward - algorithm.kl_coef * kl``. None leaves the rewards alone. Nothing but the advantages
+            depends on it.
 
     Raises:
         BatchError: fewer groups than minibatches, an incomplete or ragged group, an aborted or empty completion, a
@@ -121,12 +134,15 @@ def assemble(groups: Sequence[ScoredGroup], config: RlConfig, fmt: MementoFormat
         raise BatchError(f"{len(groups)} groups cannot fill {minibatches} minibatches (learner.minibatches)")
     for group in groups:
         _check(group, config)
-    rewards = torch.tensor([score for group in groups for score in group.scores], dtype=torch.float64)
+    algorithm = config.algorithm
+    rewards = _rewards(groups, config, kl)
     members = torch.tensor([index for index, group in enumerate(groups) for _ in group.rewards])
-    advantages = group_advantages(rewards, members, config.algorithm.advantage_std).tolist()
+    advantages = group_advantages(
+        rewards, members, algorithm.advantage_std, baseline=algorithm.advantage_baseline
+    ).tolist()
     sequences = [
         [
-            _sequence(trajectory, advantages[index * config.group_size + sample], index, config)
+            _sequence(trajectory, (at := index * config.group_size + sample), advantages[at], index, config)
             for sample, trajectory in enumerate(group.trajectories)
         ]
         for index, group in enumerate(groups)
@@ -140,6 +156,33 @@ def assemble(groups: Sequence[ScoredGroup], config: RlConfig, fmt: MementoFormat
         config.sampling.temperature,
         sum(len(t.prompt_ids) + len(t.completion_ids) for group in groups for t in group.trajectories),
     )
+
+
+def sequence_kl(
+    batch: TrainBatch,
+    logprobs: Sequence[Sequence[Sequence[torch.Tensor]]],
+    reference_logprobs: Sequence[Sequence[Sequence[torch.Tensor]]],
+    estimator: str = "k1",
+) -> torch.Tensor:
+    """KL(policy || reference) of each completion, [groups x group_size] fp64: the sum over its sampled tokens.
+
+    With k1 that is ``log policy(completion) - log reference(completion)``, what RLOO (arXiv 2402.14740, section 2.1,
+    equation 2) takes off the reward. REINFORCE++ (arXiv 2501.03262) charges each token with the KL of those after it
+    alone; what came before a token adds variance to its gradient, and nothing in expectation.
+
+    Args:
+        batch: the step.
+        logprobs, reference_logprobs: by minibatch, rank and microbatch, [T] each.
+        estimator: see `memento.rl.losses.KL_ESTIMATORS`.
+    """
+    kl: dict[int, float] = {}
+    for minibatch, of_policy, of_reference in zip(batch.minibatches, logprobs, reference_logprobs, strict=True):
+        for r, rows in enumerate(minibatch.ranks):
+            for m, row in enumerate(rows):
+                kl_T = kl_divergence(of_policy[r][m].double(), of_reference[r][m].double(), estimator)
+                for document, index in enumerate(minibatch.sequences[r][m]):
+                    kl[index] = float(kl_T[row.sampled_mask & (row.document == document)].sum())
+    return torch.tensor([kl[index] for index in range(len(kl))], dtype=torch.float64)
 
 
 def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
@@ -208,19 +251,40 @@ def _check(group: ScoredGroup, config: RlConfig) -> None:
             raise BatchError(f"{where}: forced positions {t.forced} lie outside its {len(t.completion_ids)} tokens")
 
 
-def _sequence(trajectory: Trajectory, advantage: float, group: int, config: RlConfig) -> _Sequence:
+def _rewards(groups: Sequence[ScoredGroup], config: RlConfig, kl: torch.Tensor | None) -> torch.Tensor:
+    """[groups x group_size] fp64: the scores, less what their length and their KL cost."""
+    algorithm = config.algorithm
+    rewards = torch.tensor([score for group in groups for score in group.scores], dtype=torch.float64)
+    if algorithm.overlong_buffer_tokens:
+        trajectories = [t for group in groups for t in group.trajectories]
+        rewards = rewards + algorithm.overlong_penalty * overlong_penalty(
+            torch.tensor([len(t.completion_ids) for t in trajectories]),
+            torch.tensor([t.truncated for t in trajectories]),
+            config.sampling.max_tokens,
+            algorithm.overlong_buffer_tokens,
+        )
+    if kl is not None:
+        if kl.shape != rewards.shape:
+            raise ValueError(f"kl must be [{len(rewards)}], one a completion, got {tuple(kl.shape)}")
+        rewards = rewards - algorithm.kl_coef * kl
+    return rewards
+
+
+def _sequence(trajectory: Trajectory, index: int, advantage: float, group: int, config: RlConfig) -> _Sequence:
     sampled = torch.zeros(len(trajectory.token_ids), dtype=torch.bool)
     sampled[trajectory.prompt_len :] = True
     sampled[[trajectory.prompt_len + i for i in trajectory.forced]] = False
     masked = config.algorithm.mask_truncated and trajectory.truncated
-    return _Sequence(trajectory, advantage, group, sampled, torch.zeros_like(sampled) if masked else sampled)
+    return _Sequence(trajectory, index, advantage, group, sampled, torch.zeros_like(sampled) if masked else sampled)
 
 
 def _minibatch(sequences: Sequence[_Sequence], config: RlConfig, fmt: MementoFormat) -> MiniBatch:
     counts = torch.stack([s.loss_mask.sum() for s in sequences])
     of_token = torch.repeat_interleave(torch.arange(len(sequences)), counts)
     of_group = torch.tensor([s.group for s in sequences])[of_token]
-    weight_of_token = aggregation_weights(of_token, of_group, config.algorithm.aggregation)
+    # Completions that are masked as a whole count here: a constant must not depend on what was sampled.
+    constant = len(sequences) * (config.algorithm.aggregation_tokens or config.sampling.max_tokens)
+    weight_of_token = aggregation_weights(of_token, of_group, config.algorithm.aggregation, constant)
     weights = torch.zeros(len(sequences)).index_put((of_token,), weight_of_token)  # the same for a sequence's tokens
     learner = config.learner
     plan = pack([len(s.sampled_mask) for s in sequences], learner.micro_batch_tokens, learner.ranks)
@@ -232,6 +296,7 @@ def _minibatch(sequences: Sequence[_Sequence], config: RlConfig, fmt: MementoFor
             for rows in plan
         ),
         len(of_token),
+        tuple(tuple(tuple(sequences[i].index for i in row) for row in rows) for rows in plan),
     )
 
 

@@ -22,7 +22,7 @@ import torch
 
 from memento.config import RlConfig
 from memento.errors import UserError
-from memento.rl.batch import TrainBatch
+from memento.rl.batch import TrainBatch, sequence_kl
 from memento.rl.learner_rank import LearnerRank, NonFiniteError, RankInfo, RankStats, Tally
 from memento.rollout.weights import WeightUpdate
 
@@ -84,12 +84,12 @@ class Learner:
         Returns:
             Over the step's loss tokens: ``train/{loss, grad_norm}`` (means over minibatches), ``train/{lr, entropy}``,
             ``ratio/{min, mean, max}``, ``clip/{low_fraction, high_fraction}``, ``advantage/{min, max}``,
-            ``train/kl_reference`` (k3; only with ``algorithm.kl_coef`` > 0), ``train/loss_tokens``, and the truncated
-            importance sampling weights' ``mismatch/weight_mean`` and ``mismatch/capped_fraction``. Over all sampled
-            tokens, the sampler against the learner's weights before the step: ``mismatch/kl_mean`` and
-            ``mismatch/kl_max`` (k3), ``mismatch/max_abs_logprob_diff``. Beside them ``train/optimizer_steps`` (since
-            the start of the run), ``train/skipped_minibatches`` (all tokens masked), ``learner/{seconds,
-            tokens_per_s}``. A metric without tokens is left out.
+            ``train/kl_reference`` (k3; only with a KL penalty in the loss), ``train/loss_tokens``, and the sampler
+            correction's ``mismatch/weight_mean``, ``mismatch/capped_fraction`` and, where it masks,
+            ``mismatch/masked_fraction``. Over all sampled tokens, the sampler against the learner's weights before the
+            step: ``mismatch/kl_mean`` and ``mismatch/kl_max`` (k3), ``mismatch/max_abs_logprob_diff``. Beside them
+            ``train/optimizer_steps`` (since the start of the run), ``train/skipped_minibatches`` (all tokens masked),
+            ``learner/{seconds, tokens_per_s}``. A metric without tokens is left out.
 
         Raises:
             NonFiniteLoss: the loss or gradient is NaN or infinite; the batch is saved in the run folder.
@@ -121,23 +121,32 @@ class Learner:
             "learner/tokens_per_s": batch.tokens / seconds,
         }
 
-    def logprobs(self, batch: TrainBatch) -> list[list[list[torch.Tensor]]]:
+    def logprobs(self, batch: TrainBatch, *, reference: bool = False) -> list[list[list[torch.Tensor]]]:
         """Log-probabilities under the current weights, shaped like the batch: minibatch, rank, microbatch, fp32 [T].
 
-        0 at the first token of each document, which has no distribution.
+        0 at the first token of each document, which has no distribution. With `reference` those of the reference
+        policy, which there is only with ``algorithm.kl_coef`` > 0.
         """
         limit = self._config.learner.step_timeout_s
         return [
             self._collect(
                 "logprobs",
                 [
-                    actor.logprobs.remote(rows, batch.temperature)
+                    actor.logprobs.remote(rows, batch.temperature, reference=reference)
                     for actor, rows in zip(self._ranks, minibatch.ranks, strict=True)
                 ],
                 limit,
             )
             for minibatch in batch.minibatches
         ]
+
+    def sequence_kl(self, batch: TrainBatch) -> torch.Tensor:
+        """KL(policy || reference) of each completion, [groups x group_size], for ``algorithm.kl_in: reward``.
+
+        `assemble` takes it off the rewards; see `memento.rl.batch.sequence_kl`.
+        """
+        reference = self.logprobs(batch, reference=True)
+        return sequence_kl(batch, self.logprobs(batch), reference, self._config.algorithm.kl_estimator)
 
     def export_weights(self, folder: str | Path, version: int) -> WeightUpdate:
         """Write the current weights for the engines; see `memento.rollout.weights`."""
@@ -246,6 +255,7 @@ def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
         "mismatch/kl": "mismatch/kl_mean",
         "mismatch/weight": "mismatch/weight_mean",
         "mismatch/capped": "mismatch/capped_fraction",
+        "mismatch/masked": "mismatch/masked_fraction",
     }
     lows = {"ratio": "ratio/min", "advantage": "advantage/min"}
     highs = {

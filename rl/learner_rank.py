@@ -38,7 +38,7 @@ from torch import nn
 from memento.config import LearnerConfig, RlConfig
 from memento.errors import UserError
 from memento.rl.batch import MicroBatch
-from memento.rl.losses import POLICY_LOSSES, kl_divergence, token_loss, truncated_importance_weight
+from memento.rl.objective import row_objective
 from memento.rollout.weights import WeightUpdate, write_weights
 
 if TYPE_CHECKING:
@@ -231,9 +231,17 @@ class LearnerRank:
         stats.optimizer_steps = self.optimizer_steps
         return stats
 
-    def logprobs(self, rows: Sequence[MicroBatch], temperature: float) -> list[torch.Tensor]:
-        """Current log-probabilities of each row's tokens, fp32 [T] on the CPU; 0 at the first token of a document."""
-        return [self._logprobs(self.engine, row, temperature).cpu() for row in rows]
+    def logprobs(
+        self, rows: Sequence[MicroBatch], temperature: float, *, reference: bool = False
+    ) -> list[torch.Tensor]:
+        """Current log-probabilities of each row's tokens, fp32 [T] on the CPU; 0 at the first token of a document.
+
+        With `reference` those of the reference policy, which there is only with ``algorithm.kl_coef`` > 0.
+        """
+        policy = self.reference if reference else self.engine
+        if policy is None:
+            raise ValueError("there is no reference policy; algorithm.kl_coef is 0")
+        return [self._logprobs(policy, row, temperature).cpu() for row in rows]
 
     def export_weights(self, folder: str, version: int) -> WeightUpdate | None:
         """Write all weights to `folder`; the update from rank 0, None from the others, which only help to gather."""
@@ -326,34 +334,12 @@ class LearnerRank:
         algorithm = self.config.algorithm
         logprobs_T, entropy_T = self._forward(self.engine, row, temperature)
         old_T = logprobs_T.detach() if old_T is None else old_T
-        mask_T, sampled_T = row.loss_mask.to(self.device), row.sampled_mask.to(self.device)
-        rollout_T = row.rollout_logprobs.to(self.device)
-        old_N, rollout_N, logprobs_N = old_T[mask_T], rollout_T[mask_T], logprobs_T[mask_T]
-
-        advantages_N = row.advantages.to(self.device)[mask_T]
-        policy_loss = POLICY_LOSSES[algorithm.loss]
-        terms = policy_loss(logprobs_N, old_N, advantages_N, algorithm.clip_low, algorithm.clip_high)
-        correction_N = kl_N = None
-        if algorithm.sampler_correction == "tis":
-            correction_N = truncated_importance_weight(old_N, rollout_N, algorithm.sampler_correction_cap)
-            stats.tally("mismatch/weight", correction_N)
-            stats.tally("mismatch/capped", (correction_N >= algorithm.sampler_correction_cap).float())
-        if self.reference is not None:
-            reference_N = self._logprobs(self.reference, row, temperature)[mask_T]
-            kl_N = kl_divergence(logprobs_N, reference_N, algorithm.kl_estimator)
-            stats.tally("kl_reference", kl_divergence(logprobs_N.detach(), reference_N, "k3"))
-        loss_N = token_loss(terms, correction_N, kl_N, algorithm.kl_coef)
-        total = (loss_N * row.loss_weights.to(self.device)[mask_T]).sum()
-
-        stats.tally("ratio", terms.ratio_N)
-        stats.tally("clip_low", terms.clipped_low_N.float())
-        stats.tally("clip_high", terms.clipped_high_N.float())
-        stats.tally("entropy", entropy_T[mask_T])
-        stats.tally("advantage", advantages_N)
-        # Sampler against learner, over everything the sampler chose, under the weights before this step's updates.
-        sampler_N, learner_N = rollout_T[sampled_T], old_T[sampled_T]
-        stats.tally("mismatch/kl", kl_divergence(sampler_N, learner_N, "k3"))
-        stats.tally("mismatch/abs_logprob_diff", (sampler_N - learner_N).abs())
+        in_loss = self.reference is not None and algorithm.kl_in == "loss"
+        reference_T = self._logprobs(self.reference, row, temperature) if in_loss else None
+        total, quantities = row_objective(row, logprobs_T, old_T, reference_T, algorithm)
+        for name, values in quantities.items():
+            stats.tally(name, values)
+        stats.tally("entropy", entropy_T[row.loss_mask.to(self.device)])
         if math.isfinite(total.item()):
             self.engine.backward(total * (self.ranks / loss_tokens))
         return total.item()

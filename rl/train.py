@@ -30,7 +30,7 @@ from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
 from memento.rl.metrics import rollout_metrics
 from memento.rl.weight_sync import WeightSync
-from memento.rl.window import GroupWindow, ProblemStream
+from memento.rl.window import GroupWindow, ProblemStream, scores_differ
 from memento.rollout.pool import RolloutPool
 from memento.run import Run
 from memento.sources import read_problems
@@ -84,7 +84,10 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
                 return evaluate_held_out(config, fmt, engines, rewards, held_out, step)
 
         stream = ProblemStream(problems, config.seed, cursor=state.cursor)
-        window = GroupWindow(config.groups_per_step, config.max_lag, rollout)
+        algorithm = config.algorithm
+        keep = scores_differ if algorithm.dynamic_sampling else None
+        max_filtered = int(algorithm.dynamic_sampling_cap * config.groups_per_step)
+        window = GroupWindow(config.groups_per_step, config.max_lag, rollout, keep, max_filtered)
         parts.callback(window.close)
         for request in state.pending:
             window.start(request)
@@ -103,7 +106,10 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
                 run.stop()
             groups = window.take()
             with run.phase("batch"):
-                batch = assemble(groups, config, fmt)
+                batch, penalty = assemble(groups, config, fmt), {}
+                if algorithm.kl_in == "reward":
+                    kl = learner.sequence_kl(batch)
+                    batch, penalty = assemble(groups, config, fmt, kl), {"reward/kl_mean": float(kl.mean())}
             with run.phase("train"):
                 stats = learner.step(batch)
             with run.phase("sync"):
@@ -114,6 +120,7 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
                 **window_metrics(window),
                 **engines.metrics(),
                 **stats,
+                **penalty,
                 "sync/seconds": update.seconds,
                 "sync/mib": update.bytes / 2**20,
             }
@@ -205,6 +212,7 @@ def window_metrics(window: GroupWindow) -> dict[str, float]:
         "groups/stale": counts.stale,
         "groups/incomplete": counts.incomplete,
         "groups/failed": counts.failed,
+        "groups/filtered": counts.filtered,
         "groups/pending": len(window.pending()),
     }
 

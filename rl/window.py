@@ -9,6 +9,10 @@
 
 Admission bounds how old a group can become; what is too old all the same (a straggler under in-flight updates) is
 dropped and counted, never trained.
+
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) is a filter, `keep`: what it refuses makes room for groups of
+further problems, up to a cap a step. Refused groups wait until the step is taken: if the cap was reached they fill it
+up, the oldest first. So at max_lag 0 what is trained depends on the problems alone, not on which group finished first.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ class WindowCounts:
     """Dropped: a sample has no score because its verifier failed."""
     failed: int = 0
     """Dropped: generation or verification raised."""
+    filtered: int = 0
+    """Dropped: refused by the window's filter, and not needed to fill up a step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +78,12 @@ class _Entry:
     request: RolloutRequest
     future: Future[ScoredGroup]
     group: ScoredGroup | None = None  # set once it is finished and was found fit to train
+    refused: bool = False  # fit to train, but the filter would rather have another
+
+
+def scores_differ(group: ScoredGroup) -> bool:
+    """The filter of dynamic sampling: completions of equal score have no advantage over their group."""
+    return len(set(group.scores)) > 1
 
 
 @dataclass
@@ -82,11 +94,15 @@ class GroupWindow:
         groups_per_step: how many groups a step trains.
         max_lag: steps by which a group's oldest weights may lag behind the weights it trains.
         rollout: generates and scores one group; runs in a thread of the window, so it may block.
+        keep: whether a finished group is worth training; None keeps all.
+        max_filtered: groups that `keep` may cost a step. Further ones it refuses are trained.
     """
 
     groups_per_step: int
     max_lag: int
     rollout: Callable[[RolloutRequest], ScoredGroup]
+    keep: Callable[[ScoredGroup], bool] | None = None
+    max_filtered: int = 0
     counts: WindowCounts = field(default_factory=WindowCounts)
     _entries: list[_Entry] = field(default_factory=list)  # in order of admission
     _last_error: BaseException | None = None
@@ -101,7 +117,7 @@ class GroupWindow:
 
     def room(self) -> int:
         """How many more groups may start now."""
-        return self.capacity - len(self._entries)
+        return self.capacity - len(self._entries) + min(self._refused(), self.max_filtered)
 
     def start(self, request: RolloutRequest) -> None:
         """Admit a group and begin generating it."""
@@ -110,12 +126,12 @@ class GroupWindow:
         self._entries.append(_Entry(request, self._threads.submit(self.rollout, request)))
 
     def pending(self) -> list[RolloutRequest]:
-        """Requests admitted and not yet trained, in order: what a checkpoint must remember."""
-        return [entry.request for entry in self._entries]
+        """Requests admitted, not yet trained and not refused, in order: what a checkpoint must remember."""
+        return [entry.request for entry in self._entries if not entry.refused]
 
     def ready(self) -> int:
-        """How many admitted groups are finished and were found fit to train."""
-        return sum(entry.group is not None for entry in self._entries)
+        """How many admitted groups are finished and were found fit to train, refused ones only beyond the cap."""
+        return sum(entry.group is not None for entry in self._entries) - min(self._refused(), self.max_filtered)
 
     def wait(self, version: int, timeout_s: float) -> bool:
         """Wait until enough groups are ready to train, or room was made by dropping one.
@@ -142,12 +158,16 @@ class GroupWindow:
         return self.ready() >= self.groups_per_step
 
     def take(self) -> list[ScoredGroup]:
-        """The oldest `groups_per_step` ready groups, in order of admission."""
-        ready = [entry for entry in self._entries if entry.group is not None][: self.groups_per_step]
-        if len(ready) < self.groups_per_step:
-            raise ValueError(f"only {len(ready)} of {self.groups_per_step} groups are ready; call wait() first")
-        self._entries = [entry for entry in self._entries if entry not in ready]
-        return [entry.group for entry in ready if entry.group is not None]
+        """The oldest `groups_per_step` ready groups, in order of admission; refused ones only where others lack."""
+        if self.ready() < self.groups_per_step:
+            raise ValueError(f"only {self.ready()} of {self.groups_per_step} groups are ready; call wait() first")
+        finished = [entry for entry in self._entries if entry.group is not None]
+        chosen = sorted(finished, key=lambda entry: entry.refused)[: self.groups_per_step]  # stable: the oldest first
+        taken = [entry for entry in finished if entry in chosen]
+        self._entries = [entry for entry in self._entries if entry not in taken]
+        self.counts.filtered += self._refused()
+        self._entries = [entry for entry in self._entries if not entry.refused]
+        return [entry.group for entry in taken if entry.group is not None]
 
     def take_counts(self) -> WindowCounts:
         """The counts since the last call, and start over."""
@@ -172,6 +192,10 @@ class GroupWindow:
             elif min(t.oldest_version for t in group.trajectories) < version - self.max_lag:
                 self.counts.stale += 1
             else:
+                entry.refused = self.keep is not None and not self.keep(group)
                 entry.group = group
                 kept.append(entry)
         self._entries = kept
+
+    def _refused(self) -> int:
+        return sum(entry.refused for entry in self._entries)

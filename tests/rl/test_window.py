@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from memento.problems import Problem, ProblemKind
-from memento.rl.window import GroupWindow, ProblemStream, RolloutFailure
+from memento.rl.window import GroupWindow, ProblemStream, RolloutFailure, scores_differ
 from memento.trajectory import (
     FinishReason,
     Outcome,
@@ -139,6 +139,80 @@ def test_a_step_of_failures_ends_the_run_with_its_cause() -> None:
     with pytest.raises(RolloutFailure, match="engine 3 is gone"):
         wait_until_ready(groups)
     groups.close()
+
+
+def fill_and_take(groups: GroupWindow, first: int, version: int = 0) -> tuple[list[str], int]:
+    """Train one step as the loop does: refill until it is ready. Returns the problems and the next index."""
+    deadline = time.monotonic() + 10
+    while True:
+        for _ in range(groups.room()):
+            groups.start(request(first))
+            first += 1
+        if groups.wait(version, 0.05):
+            return [group.problem.id for group in groups.take()], first
+        assert time.monotonic() < deadline, "the window never became ready"
+
+
+def keep_multiples_of_3(group: ScoredGroup) -> bool:
+    return int(group.problem.id[1:]) % 3 == 0
+
+
+@pytest.mark.parametrize("slow", ["none", "even", "odd"])
+def test_the_filter_replaces_groups_whatever_finishes_first(slow: str) -> None:
+    def rollout(request: RolloutRequest) -> ScoredGroup:
+        if slow != "none" and int(request.problem.id[1:]) % 2 == (slow == "odd"):
+            time.sleep(0.02)
+        return scored(request)
+
+    groups = GroupWindow(3, 0, rollout, keep_multiples_of_3, max_filtered=100)
+    taken, admitted = fill_and_take(groups, 0)
+    assert taken == ["p0", "p3", "p6"] and admitted == 7, "not one group more than it takes"
+    assert groups.take_counts().filtered == 4 and groups.pending() == [] and groups.room() == 3
+    assert fill_and_take(groups, admitted) == (["p9", "p12", "p15"], 16)
+    groups.close()
+
+
+@pytest.mark.parametrize("slow", ["none", "even", "odd"])
+def test_past_the_cap_the_oldest_refused_groups_fill_up_the_step(slow: str) -> None:
+    def rollout(request: RolloutRequest) -> ScoredGroup:
+        if slow != "none" and int(request.problem.id[1:]) % 2 == (slow == "odd"):
+            time.sleep(0.02)
+        return scored(request)
+
+    groups = GroupWindow(3, 0, rollout, keep_multiples_of_3, max_filtered=2)
+    # Five are admitted, 1 to 5: only 3 is kept, and 1 and 2 are the oldest of the others.
+    assert fill_and_take(groups, 1) == (["p1", "p2", "p3"], 6)
+    assert groups.take_counts().filtered == 2
+    groups.close()
+
+
+def test_the_cap_holds_ahead_of_the_learner_too() -> None:
+    groups = GroupWindow(2, 1, scored, lambda _: False, max_filtered=4)
+    taken, admitted = fill_and_take(groups, 0)
+    assert len(taken) == 2 and admitted == 8, "two steps' worth, and four in place of refused ones"
+    assert 4 <= groups.take_counts().filtered <= 6
+    groups.close()
+
+
+def test_refused_groups_are_not_pending() -> None:
+    groups = GroupWindow(3, 0, scored, keep_multiples_of_3, max_filtered=5)
+    for index in range(3):
+        groups.start(request(index))
+    deadline = time.monotonic() + 10
+    while groups.room() < 2 and time.monotonic() < deadline:
+        assert not groups.wait(0, 0.05)
+    assert [r.problem.id for r in groups.pending()] == ["p0"] and groups.room() == 2
+    with pytest.raises(ValueError, match="only 1 of 3"):
+        groups.take()
+    groups.close()
+
+
+def test_the_filter_of_dynamic_sampling() -> None:
+    group = scored(request(0))
+    assert not scores_differ(group)
+    wrong = RewardResult(score=0.0, outcome=Outcome.WRONG)
+    both = ScoredGroup(problem=group.problem, trajectories=group.trajectories * 2, rewards=(group.rewards[0], wrong))
+    assert scores_differ(both)
 
 
 def test_the_stream_resumes_from_its_cursor_and_reshuffles_each_epoch() -> None:
