@@ -123,8 +123,8 @@ def _prepare_environment(config: SftConfig) -> None:
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or os.cpu_count() or 1))
-    # OpenMP's idle threads give their core away instead of spinning. Where other processes want the cores too, spinning
-    # made a forward and backward pass of the tiny model 6 to 12 times slower.
+    # OpenMP's idle threads give their core away instead of spinning, which slows everything down several times where
+    # other processes want the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not Path("/proc/driver/nvidia/gpus").is_dir():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
