@@ -83,6 +83,33 @@ def test_bad_overrides_name_the_key(tmp_path: Path, override: str, message: str)
         load_config(file, [override])
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("advantage_baseline=batch advantage_std=group", "Use advantage_std: batch"),
+        ("aggregation_tokens=100", "read by aggregation: constant, not by group"),
+        ("kl_in=reward", "kl_coef 0 penalises nothing"),
+        ("sampler_correction=icepop", "icepop needs sampler_mask_range"),
+        ("sampler_mask=geometric", "sampler_mask: geometric needs sampler_mask_range"),
+        ("sampler_mask_range=[0.5,2]", "neither is on"),
+        ("sampler_correction=icepop sampler_mask=sequence sampler_mask_range=[0.5,2]", "use one of the two"),
+        ("sampler_mask=sequence sampler_mask_range=[1.1,2]", "must hold 1"),
+        ("sampler_mask=sequence sampler_mask_range=[2,0.5]", "must hold 1"),
+        ("overlong_buffer_tokens=40000", r"more than sampling\.max_tokens \(31744\)"),
+    ],
+)
+def test_contradictions_in_the_algorithm_are_refused(tmp_path: Path, keys: str, message: str) -> None:
+    file = write(tmp_path, MINIMAL)
+    with pytest.raises(UserError, match=message):
+        load_config(file, [f"algorithm.{key}" for key in keys.split()])
+
+
+@pytest.mark.parametrize("key", ["advantage_std=group", "advantage_baseline=leave_one_out", "dynamic_sampling=true"])
+def test_a_group_of_one_has_no_group_statistics(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match="group_size 1"):
+        load_config(write(tmp_path, MINIMAL), ["group_size=1", f"algorithm.{key}"])
+
+
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`problems` is missing"):
         load_config(write(tmp_path, {k: v for k, v in MINIMAL.items() if k != "problems"}))

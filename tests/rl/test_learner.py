@@ -50,7 +50,10 @@ LEARNERS = {
         "algorithm": {"loss": "grpo", "kl_coef": 0.1, "aggregation": "sequence", "advantage_std": "group"},
     },
     "two ranks": {"learner": {"ranks": 2, "zero_stage": 2}, "algorithm": {"loss": "cispo"}},
-    "sharded": {"learner": {"ranks": 2, "zero_stage": 3}, "algorithm": {"loss": "cispo"}},
+    "sharded": {
+        "learner": {"ranks": 2, "zero_stage": 3},
+        "algorithm": {"loss": "gspo", "aggregation": "constant", "aggregation_tokens": 20, "advantage_std": "none"},
+    },
 }
 
 
@@ -152,7 +155,7 @@ def plain_step(folder, groups, config, fmt) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         old = [[plain_logprobs(policy, t, fmt) for t in g.trajectories] for g in groups]
     for step, half in enumerate(([0, 1], [2, 3])):
-        group_means, sequence_means = [], []
+        group_means, sequence_means, sums = [], [], []
         for g in half:
             tokens = []
             for s, t in enumerate(groups[g].trajectories):
@@ -161,6 +164,9 @@ def plain_step(folder, groups, config, fmt) -> dict[str, torch.Tensor]:
                 sampler = torch.tensor(t.rollout_logprobs)[keep]
                 ratio, advantage = (logprobs - before).exp(), advantages[g, s]
                 clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+                if algorithm.loss == "gspo":  # its form for weights that differ within a sequence
+                    ratio = (logprobs - before).mean().exp().detach() * (logprobs - logprobs.detach()).exp()
+                    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
                 if algorithm.loss == "cispo":
                     loss = -clipped.detach() * advantage * logprobs
                 else:
@@ -170,8 +176,10 @@ def plain_step(folder, groups, config, fmt) -> dict[str, torch.Tensor]:
                     loss = loss + algorithm.kl_coef * ((before - logprobs).exp() - 1 - (before - logprobs))
                 tokens.append(loss)
                 sequence_means.append(loss.mean())
+                sums.append(loss.sum() / (algorithm.aggregation_tokens or 1))
             group_means.append(torch.cat(tokens).mean())
-        total = torch.stack(group_means if algorithm.aggregation == "group" else sequence_means).mean()
+        means = {"group": group_means, "sequence": sequence_means, "constant": sums}[algorithm.aggregation]
+        total = torch.stack(means).mean()
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)
@@ -244,6 +252,26 @@ def test_the_first_minibatch_meets_itself(learner_of, config_of, groups, fmt):
     assert stats["clip/low_fraction"] == stats["clip/high_fraction"] == 0
     assert stats["train/kl_reference"] == pytest.approx(0, abs=1e-12)
     assert 0.9 * math.log(416) < stats["train/entropy"] < math.log(416)  # an untrained model is nearly uniform
+
+
+def test_the_kl_of_a_completion_is_that_of_plain_torch(learner_of, config_of, groups, model, fmt, tmp_path):
+    learner = learner_of("grpo")
+    batch = assemble(groups, config_of("grpo", 1, 64), fmt)
+    assert learner.sequence_kl(batch).tolist() == [0.0] * 12  # the policy is the reference
+    learner.step(batch)
+    got = learner.sequence_kl(batch)
+    folders = (learner.save_hf(tmp_path / "hf"), model)
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32, attn_implementation="eager") for f in folders
+    )
+    expected = []
+    for t in (t for group in groups for t in group.trajectories):
+        keep = torch.tensor([i not in t.forced for i in range(len(t.completion_ids))])
+        with torch.no_grad():
+            d = (plain_logprobs(policy, t, fmt) - plain_logprobs(reference, t, fmt))[keep].double()
+        expected.append(((-d).exp() - 1 + d).sum())
+    assert got.min() > 0
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-3, atol=1e-7)
 
 
 def test_packing_changes_no_logprob(learner_of, config_of, groups, model, fmt):
