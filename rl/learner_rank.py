@@ -334,8 +334,8 @@ class LearnerRank:
         algorithm = self.config.algorithm
         logprobs_T, entropy_T = self._forward(self.engine, row, temperature)
         old_T = logprobs_T.detach() if old_T is None else old_T
-        in_loss = self.reference is not None and algorithm.kl_in == "loss"
-        reference_T = self._logprobs(self.reference, row, temperature) if in_loss else None
+        reference = self.reference if algorithm.kl_in == "loss" else None
+        reference_T = None if reference is None else self._logprobs(reference, row, temperature)
         total, quantities = row_objective(row, logprobs_T, old_T, reference_T, algorithm)
         for name, values in quantities.items():
             stats.tally(name, values)
