@@ -1,4 +1,7 @@
-"""Attention under ``visible_until``: the dense reference, and the implementation on torch's SDPA.
+"""Attention under ``visible_until``: the dense reference, and the faster implementations behind one function.
+
+``dense`` is the definition; ``sdpa`` masks torch's SDPA document by document; ``segments`` (CPU, see
+`memento.kernels.segments`) computes only what is seen.
 
 The whole mask of a memento trace is one integer per key (MEMENTO, arXiv 2604.09852, section 3; as a column-wise mask
 it is that of FlashMask, arXiv 2410.01359)::
@@ -12,11 +15,17 @@ offset to its ``visible_until``; position ids, which RoPE reads, start again at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from memento.kernels.segments import RowPlan, plan_row, segments
+
+SEGMENTS_FROM_TOKENS = 384
+"""Row length from which ``segments`` is the default on CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +41,7 @@ class Visibility:
     visible_until: torch.Tensor
     lowest_visible: torch.Tensor | None = None
     document: torch.Tensor | None = None
+    _row_plans: dict[tuple[int, torch.dtype], tuple[RowPlan, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.visible_until.ndim != 2:
@@ -50,6 +60,26 @@ class Visibility:
     def mask(self) -> torch.Tensor:
         """bool [B, 1, T, T]: True where query (row) sees key (column)."""
         return self._mask(0, self.visible_until.shape[1])
+
+    def row_plans(self, width: int, dtype: torch.dtype) -> tuple[RowPlan, ...]:
+        """For each row how `memento.kernels.segments` computes it, for queries of `width` = H * D and that dtype."""
+        if (width, dtype) not in self._row_plans:
+            until, lowest, document = (
+                None if x is None else x.numpy(force=True).astype(np.int64, copy=False)
+                for x in (self.visible_until, self.lowest_visible, self.document)
+            )
+            assert until is not None
+            self._row_plans[width, dtype] = tuple(
+                plan_row(
+                    until[row],
+                    None if lowest is None else lowest[row],
+                    None if document is None else document[row],
+                    width,
+                    dtype,
+                )
+                for row in range(len(until))
+            )
+        return self._row_plans[width, dtype]
 
     @cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -109,7 +139,8 @@ def memento_attention(
         lowest_visible: int64 [B, T] or None, the lowest key position each query sees.
         document: int64 [B, T] or None; tokens of different documents do not see each other.
         scale: of the scores, 1 / sqrt(D) by default.
-        implementation: "sdpa" (default) or "dense", the reference that materialises [B, H, T, T] scores.
+        implementation: "segments" (CPU only), "sdpa", or "dense", the reference that materialises [B, H, T, T] scores;
+            None for the fastest one here, see `default_implementation`.
 
     Returns:
         [B, H, T, D].
@@ -143,9 +174,17 @@ def attend(
             f"visible_until must be [B, T] = {(q.shape[0], q.shape[2])}, "
             f"got {tuple(visibility.visible_until.shape)}. A KV cache is not supported here: pass use_cache=False."
         )
-    return IMPLEMENTATIONS[implementation or "sdpa"](
+    return IMPLEMENTATIONS[implementation or default_implementation(q)](
         q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale
     )
+
+
+def default_implementation(q: torch.Tensor) -> str:
+    """The name of the implementation that is fastest for these queries [B, H, T, D].
+
+    On CPU ``segments``, but for rows so short that what it skips does not pay for its calls (measured break-even).
+    """
+    return "segments" if q.device.type == "cpu" and q.shape[2] >= SEGMENTS_FROM_TOKENS else "sdpa"
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, scale: float) -> torch.Tensor:
@@ -182,4 +221,5 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibili
 IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visibility, float], torch.Tensor]] = {
     "dense": dense,
     "sdpa": sdpa,
+    "segments": segments,
 }

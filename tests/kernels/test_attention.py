@@ -1,4 +1,4 @@
-"""Memento attention: the SDPA implementation against the dense one, and both against the rule itself."""
+"""Memento attention: every implementation against the dense one, and all against the rule itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from memento.format import MementoFormat, visible_until
 from memento.kernels import Visibility, memento_attention
 from memento.kernels.attention import attend
 
+IMPLEMENTATIONS = ["dense", "sdpa", "segments"]
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
 TRACE = [9, 9, 1, 7, 7, 7, 2, 3, 8, 4, 1, 6, 6, 2, 3, 5, 4, 9, 9]  # evicts 3..6 before 10 and 11..13 before 17
 UNTIL = torch.from_numpy(visible_until(TRACE, FMT, 2))
@@ -39,20 +40,23 @@ def random_visibility(rows: int, tokens: int, seed: int) -> dict[str, torch.Tens
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("given", [(), ("lowest_visible",), ("document",), ("lowest_visible", "document")])
-def test_sdpa_equals_dense_in_output_and_gradient(seed: int, rows: int, given: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_equal_to_dense_in_output_and_gradient(
+    implementation: str, seed: int, rows: int, given: tuple[str, ...]
+) -> None:
     inputs = q, k, v = qkv(rows, 33, seed=seed)
     vectors = {k: v for k, v in random_visibility(rows, 33, seed).items() if k == "visible_until" or k in given}
     weight = torch.randn(rows, 4, 33, 8, generator=torch.Generator().manual_seed(seed))
     out, gradients = {}, {}
-    for name in ("dense", "sdpa"):
+    for name in ("dense", implementation):
         out[name] = attend(q, k, v, Visibility(**vectors), implementation=name)
         gradients[name] = torch.autograd.grad((out[name] * weight).sum(), inputs)
-    assert torch.allclose(out["dense"], out["sdpa"], atol=1e-5)
-    for dense, sdpa in zip(gradients["dense"], gradients["sdpa"], strict=True):
-        assert torch.allclose(dense, sdpa, atol=1e-5)
+    assert torch.allclose(out["dense"], out[implementation], atol=1e-5)
+    for expected, got in zip(gradients["dense"], gradients[implementation], strict=True):
+        assert torch.allclose(expected, got, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_mask_is_the_rule_written_out(implementation: str) -> None:
     q, k, v = (x.detach() for x in qkv(1, len(TRACE)))
     out = memento_attention(q, k, v, UNTIL[None], implementation=implementation)
@@ -65,14 +69,14 @@ def test_the_mask_is_the_rule_written_out(implementation: str) -> None:
 
 def test_gradcheck() -> None:
     vectors = random_visibility(1, 7, 0)
-    for implementation in ("dense", "sdpa"):
+    for implementation in IMPLEMENTATIONS:
         torch.autograd.gradcheck(
             partial(memento_attention, **vectors, implementation=implementation),
             qkv(1, 7, torch.float64),
         )
 
 
-@pytest.mark.parametrize("implementation", ["dense", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_invisible_key_changes_nothing_bit_for_bit(implementation: str) -> None:
     q, k, v = (x.detach() for x in qkv(1, len(TRACE)))
     k2, v2 = k.clone(), v.clone()
@@ -94,7 +98,7 @@ def test_a_mask_shifted_by_one_is_detected() -> None:
         assert differing == ([9, 16] if shift == -1 else [10, 17])
 
 
-@pytest.mark.parametrize("implementation", ["dense", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_documents_do_not_see_each_other(implementation: str) -> None:
     n = len(TRACE)
     q, k, v = (x.detach() for x in qkv(1, 2 * n))
