@@ -25,7 +25,7 @@ def group_advantages(
     Sources: group mean and standard deviation are those of GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2); no
     division is Dr. GRPO (arXiv 2503.20783, section 3.2); the standard deviation of the whole batch is Lite PPO
     (arXiv 2508.08221, section 4.1); the mean of the other completions as the baseline is RLOO (arXiv 2402.14740,
-    section 2.2); mean and standard deviation of the batch are REINFORCE++ (arXiv 2501.03262, section 3), the group's
+    section 2); mean and standard deviation of the batch are REINFORCE++ (arXiv 2501.03262, section 3), the group's
     mean and then the standard deviation of what is left its variant with a baseline (same section).
 
     Args:

@@ -166,9 +166,9 @@ def sequence_kl(
 ) -> torch.Tensor:
     """KL(policy || reference) of each completion, [groups x group_size] fp64: the sum over its sampled tokens.
 
-    With k1 that is ``log policy(completion) - log reference(completion)``, what RLOO (arXiv 2402.14740, section 2.1,
-    equation 2) takes off the reward. REINFORCE++ (arXiv 2501.03262) charges each token with the KL of those after it
-    alone; what came before a token adds variance to its gradient, and nothing in expectation.
+    With k1 that is ``log policy(completion) - log reference(completion)``, what RLOO (arXiv 2402.14740, section 2)
+    takes off the reward. REINFORCE++ (arXiv 2501.03262) charges each token with the KL of those after it alone; what
+    came before a token adds variance to its gradient, and nothing in expectation.
 
     Args:
         batch: the step.

@@ -210,7 +210,7 @@ def masked_importance_weight(
     old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
     """``k = exp(old - rollout)`` where ``low <= k <= high``, else 0: a token that engine and learner see differently is
-    left out instead of capped. [N], detached. Source: IcePop, arXiv 2510.18855, section 3 (0.5 and 5).
+    left out instead of capped. [N], detached. Source: IcePop, in Ring-1T, arXiv 2510.18855 (0.5 and 5).
     """
     ratio_N = importance_ratio(old_logprobs_N.detach(), rollout_logprobs_N.detach())
     return torch.where((ratio_N >= low) & (ratio_N <= high), ratio_N, 0.0)
