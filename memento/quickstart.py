@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -55,7 +56,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size("quickstart", problems=400, cool_problems=200),
+    "full": Size("quickstart", problems=400, cool_problems=100),
     "small": Size("small", problems=400, cool_problems=100),
 }
 """`full` is what the README shows; `small` is the same path on shorter problems, for the test suite."""
@@ -98,22 +99,99 @@ class Phases:
         self.folder, self.console = folder, console
         self.file = folder / "phases.json"
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self._before = self.seconds.get("total", 0.0)
+        self._started = time.perf_counter()
+
+    def done(self, name: str) -> bool:
+        """Whether an earlier run finished this phase."""
+        return name in self.seconds
 
     @contextmanager
     def phase(self, name: str, title: str) -> Iterator[bool]:
         """Time a phase. Yields False when it was done in an earlier run and must be skipped."""
-        if name in self.seconds:
+        if self.done(name):
             self.console.print(f"[dim]{title}: done before ({self.seconds[name]:.0f} s)[/dim]")
             yield False
             return
         self.console.rule(f"[bold]{title}", align="left")
         started = time.perf_counter()
         yield True
-        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.record(name, time.perf_counter() - started)
+        self.console.print(f"[green]{title}: {self.seconds[name]:.0f} s[/green]")
+
+    def record(self, name: str, seconds: float) -> None:
+        """Mark a phase as done. ``total`` is wall time over all runs: phases may overlap."""
+        self.seconds[name] = round(seconds, 2)
+        self.seconds["total"] = round(self._before + time.perf_counter() - self._started, 2)
         aside = self.file.with_suffix(".tmp")
         aside.write_text(json.dumps(self.seconds, indent=2) + "\n")
         os.replace(aside, self.file)
-        self.console.print(f"[green]{title}: {self.seconds[name]:.0f} s[/green]")
+
+
+class Training:
+    """One training phase in a process of its own: ``python -m module config out=... overrides``.
+
+    Args:
+        log: where its output goes; None shows it.
+    """
+
+    def __init__(self, module: str, config: Path, out: Path, overrides: Sequence[str], log: Path | None = None) -> None:
+        resume = ["--resume"] if (out / "config.yaml").is_file() else []
+        command = [sys.executable, "-m", module, str(config), f"out={out}", *overrides, *resume]
+        self.name, self.log, self.seconds = f"python -m {module} {config.name}", log, 0.0
+        started = time.perf_counter()
+        with ExitStack() as files:
+            target = files.enter_context(log.open("ab")) if log is not None else None
+            self.process = subprocess.Popen(command, stdout=target, stderr=target)
+
+        def watch() -> None:
+            self.process.wait()
+            self.seconds = time.perf_counter() - started
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            PhaseFailed: it ended with an error.
+        """
+        self._watcher.join()
+        if self.process.returncode != 0:
+            if self.log is not None:
+                sys.stderr.write("".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-20:]))
+            raise PhaseFailed(self.name, self.process.returncode)
+
+
+@contextmanager
+def trainings() -> Iterator[list[Training]]:
+    """The trainings that are running; none outlives the block, and each can save what it has when a signal arrives.
+
+    Ctrl-C reaches the processes by itself (one process group), a SIGTERM reaches only us. A process that hears the
+    same wish twice leaves without saving, so only the second is passed on.
+    """
+    running: list[Training] = []
+
+    def forward(number: int, _frame: object = None) -> None:
+        for training in running:
+            if training.process.poll() is None:
+                training.process.send_signal(number)
+
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield running
+    except BaseException as error:
+        stopped = isinstance(error, PhaseFailed) and error.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        if not stopped:  # one of them failed: the others did not hear of it
+            forward(signal.SIGTERM)
+        raise
+    finally:
+        for training in running:
+            training.process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_quickstart(out: Path, *, seed: int = 0, size: str = "full", resume: bool = False) -> QuickstartResults:
@@ -137,20 +215,8 @@ def run_quickstart(out: Path, *, seed: int = 0, size: str = "full", resume: bool
     chosen = SIZES[size]
     console = Console()
     phases = Phases(out, console)
-
-    def train(phase: str, title: str, module: str, config: Path, *overrides: str) -> None:
-        with phases.phase(phase, title) as todo:
-            if todo:
-                run_module(module, config, out / phase, [f"seed={seed}", *overrides])
-
-    sft = CONFIGS / "sft" / f"{chosen.prefix}_stage1.yaml"
-    train("stage1", "SFT stage 1, full attention", "memento.sft.train", sft)
-    sft = CONFIGS / "sft" / f"{chosen.prefix}_stage2.yaml"
-    train("stage2", "SFT stage 2, memento attention", "memento.sft.train", sft, f"model={out / 'stage1' / 'hf'}")
-    sft = CONFIGS / "sft" / f"{chosen.prefix}_control.yaml"
-    train("control", "SFT-only control, no blocks", "memento.sft.train", sft)
-    rl = CONFIGS / "rl" / f"{chosen.prefix}.yaml"
-    train("rl", "RL under eviction", "memento.rl.train", rl, f"model={out / 'stage2' / 'hf'}")
+    with trainings() as running:
+        train(out, chosen, seed, phases, running)
     with phases.phase("eval", "Evaluation on held-out problems") as todo:
         if todo:
             evaluate_rows(out, chosen, seed, console)
@@ -165,26 +231,33 @@ def run_quickstart(out: Path, *, seed: int = 0, size: str = "full", resume: bool
     return results
 
 
-def run_module(module: str, config: Path, out: Path, overrides: Sequence[str]) -> None:
-    """Run ``python -m module config out=... overrides`` and wait. Signals reach it; its run stays resumable."""
-    resume = ["--resume"] if (out / "config.yaml").is_file() else []
-    command = [sys.executable, "-m", module, str(config), f"out={out}", *overrides, *resume]
-    process = subprocess.Popen(command)
+def train(out: Path, size: Size, seed: int, phases: Phases, running: list[Training]) -> None:
+    """All training phases. The control shares the machine with stages 1 and 2: each uses one core."""
 
-    def forward(number: int, _frame: object) -> None:
-        process.send_signal(number)
+    def start(phase: str, config: str, *overrides: str, log: Path | None = None) -> Training:
+        module = "memento.rl.train" if config.startswith("rl/") else "memento.sft.train"
+        training = Training(module, CONFIGS / config, out / phase, [f"seed={seed}", *overrides], log)
+        running.append(training)
+        return training
 
-    # Ctrl-C reaches the child by itself (one process group), a SIGTERM reaches only us. A child that hears the same
-    # wish twice leaves without saving, so only the second is passed on; in both cases wait until it has saved.
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, forward)
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code != 0:
-        raise PhaseFailed(f"python -m {module} {config.name}", code)
+    control = None
+    if not phases.done("control"):
+        log = out / "control.log"
+        control = start("control", f"sft/{size.prefix}_control.yaml", log=log)
+        phases.console.print(f"SFT-only control, no blocks: beside the next two phases, see {log}", soft_wrap=True)
+    with phases.phase("stage1", "SFT stage 1, full attention") as todo:
+        if todo:
+            start("stage1", f"sft/{size.prefix}_stage1.yaml").wait()
+    with phases.phase("stage2", "SFT stage 2, memento attention") as todo:
+        if todo:
+            start("stage2", f"sft/{size.prefix}_stage2.yaml", f"model={out / 'stage1' / 'hf'}").wait()
+    if control is not None:
+        control.wait()
+        phases.record("control", control.seconds)
+        phases.console.print(f"[green]SFT-only control, no blocks: {control.seconds:.0f} s, side by side[/green]")
+    with phases.phase("rl", "RL under eviction") as todo:
+        if todo:
+            start("rl", f"rl/{size.prefix}.yaml", f"model={out / 'stage2' / 'hf'}").wait()
 
 
 def held_out(config: RlConfig, count: int, taken: Sequence[int]) -> ProblemsConfig:
