@@ -1,7 +1,7 @@
 """Attention under ``visible_until``: the dense reference, and the faster implementations behind one function.
 
 ``dense`` is the definition; ``sdpa`` masks torch's SDPA document by document; ``segments`` (CPU, see
-`memento.kernels.segments`) computes only what is seen.
+`memento.kernels.segments`) and ``triton`` (GPU, see `memento.kernels.triton_attention`) compute only what is seen.
 
 The whole mask of a memento trace is one integer per key (MEMENTO, arXiv 2604.09852, section 3; as a column-wise mask
 it is that of FlashMask, arXiv 2410.01359)::
@@ -17,12 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from memento.kernels.segments import RowPlan, plan_row, segments
+
+if TYPE_CHECKING:
+    from memento.kernels.triton_attention import TileLists, Tiling
 
 SEGMENTS_FROM_TOKENS = 384
 """Row length from which ``segments`` is the default on CPU."""
@@ -42,6 +47,7 @@ class Visibility:
     lowest_visible: torch.Tensor | None = None
     document: torch.Tensor | None = None
     _row_plans: dict[tuple[int, torch.dtype], tuple[RowPlan, ...]] = field(default_factory=dict, init=False, repr=False)
+    _tile_lists: dict[Tiling, TileLists] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.visible_until.ndim != 2:
@@ -80,6 +86,14 @@ class Visibility:
                 for row in range(len(until))
             )
         return self._row_plans[width, dtype]
+
+    def tile_lists(self, tiling: Tiling) -> TileLists:
+        """Which tiles `memento.kernels.triton_attention` computes at these tile sizes."""
+        from memento.kernels.triton_attention import TileLists
+
+        if tiling not in self._tile_lists:
+            self._tile_lists[tiling] = TileLists.of(self, tiling)
+        return self._tile_lists[tiling]
 
     @cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -139,8 +153,8 @@ def memento_attention(
         lowest_visible: int64 [B, T] or None, the lowest key position each query sees.
         document: int64 [B, T] or None; tokens of different documents do not see each other.
         scale: of the scores, 1 / sqrt(D) by default.
-        implementation: "segments" (CPU only), "sdpa", or "dense", the reference that materialises [B, H, T, T] scores;
-            None for the fastest one here, see `default_implementation`.
+        implementation: "segments" (CPU), "triton" (GPU), "sdpa", or "dense", the reference that materialises
+            [B, H, T, T] scores; None for the fastest one here, see `default_implementation`.
 
     Returns:
         [B, H, T, D].
@@ -183,8 +197,12 @@ def default_implementation(q: torch.Tensor) -> str:
     """The name of the implementation that is fastest for these queries [B, H, T, D].
 
     On CPU ``segments``, but for rows so short that what it skips does not pay for its calls (measured break-even).
+    On a GPU ``triton``, where it is installed and has kernels for this dtype and head size. ``sdpa`` elsewhere.
     """
-    return "segments" if q.device.type == "cpu" and q.shape[2] >= SEGMENTS_FROM_TOKENS else "sdpa"
+    if q.device.type == "cpu":
+        return "segments" if q.shape[2] >= SEGMENTS_FROM_TOKENS else "sdpa"
+    supported = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+    return "triton" if q.device.type == "cuda" and supported and find_spec("triton") else "sdpa"
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, scale: float) -> torch.Tensor:
@@ -218,8 +236,18 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibili
     )
 
 
+def triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, scale: float) -> torch.Tensor:
+    """`memento.kernels.triton_attention`, imported on use: Triton is not on every machine."""
+    try:
+        from memento.kernels.triton_attention import triton_attention
+    except ImportError as error:
+        raise ValueError('implementation "triton" needs the package triton, which is not installed here') from error
+    return triton_attention(q, k, v, visibility, scale)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visibility, float], torch.Tensor]] = {
     "dense": dense,
     "sdpa": sdpa,
     "segments": segments,
+    "triton": triton,
 }
