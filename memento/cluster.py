@@ -19,6 +19,8 @@ def connect() -> dict[str, float]:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs keeps the variable
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        # Ray nices its workers by 15, which starves engines and learner beside any other work on a small machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         address = os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
