@@ -59,7 +59,7 @@ _WIDTH = 512
 """The H * D of `Costs`."""
 
 _MIN_CUT_TOKENS = 32
-_MAX_CUTS = 128
+_MAX_CUTS = 512
 _WINDOW_CUT_TOKENS = 256
 _MASK_BYTES_PER_TOKEN = 8192
 
@@ -221,7 +221,8 @@ def _cuts(
     bounds = [start]
     wanted = expiries[(expiries > start) & (expiries < end)]
     if lowest is not None and (lowest[start:end] > start).any():
-        wanted = np.union1d(wanted, np.arange(start, end, _WINDOW_CUT_TOKENS)[1:])
+        apart = max(_WINDOW_CUT_TOKENS, (end - start) // (_MAX_CUTS // 2))
+        wanted = np.union1d(wanted, np.arange(start, end, apart)[1:])
     # Malformed traces may expire a key at every token: thin those out, or planning would cost more than attention.
     apart = max(_MIN_CUT_TOKENS, (end - start) // _MAX_CUTS) if len(wanted) > _MAX_CUTS else 1
     for cut in wanted.tolist():
