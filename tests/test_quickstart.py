@@ -177,13 +177,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(5)]  # all of them: another Ray on this machine holds the defaults
     ray = str(Path(sys.executable).with_name("ray"))
     folder = Path("/tmp") / f"r{secrets.token_hex(3)}"  # Ray's sockets need a short path
     head = subprocess.Popen(
         [
             *(ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
             *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
+            *(f"--dashboard-agent-listen-port={ports[3]}", f"--dashboard-agent-grpc-port={ports[4]}"),
             f"--temp-dir={folder}",
         ],
         stdout=subprocess.PIPE,
