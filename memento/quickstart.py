@@ -331,6 +331,7 @@ def evaluate_rows(out: Path, size: Size, seed: int, console: Console) -> None:
                 evict=row.evict,
                 group_prefix="final",
                 progress=lambda _: progress.advance(bar),
+                concurrency=config.rollout.engines * config.rollout.max_num_seqs,
                 model=str(model.folder),
             )
             name = f"{row.name}_t{temperature}"
