@@ -167,8 +167,8 @@ def test_rollouts_may_run_ahead_on_several_engines(quickstart: Path, tmp_path: P
     assert all((row["lag/max"] or 0) <= 1 for row in rows)
     assert max(row["lag/max"] or 0 for row in rows) == 1, "some groups were sampled by the weights of the step before"
     assert all(row["train/kl_reference"] is not None for row in rows)
-    # Admission bounds the lag here, so no sample was wasted.
-    assert sum(row["groups/stale"] or 0 for row in rows) == 0
+    # A straggler that other groups overtook for two steps is too old then: dropped and counted, never trained.
+    assert all(row["groups/stale"] is not None for row in rows)
     engines = {trajectory.engine for trajectory in read_trajectories(out / "rollouts.jsonl")}
     assert engines == {0, 1}
 
