@@ -209,23 +209,32 @@ def append_jsonl(records: Iterable[Record], path: str | Path) -> None:
             file.write(record.model_dump_json() + "\n")
 
 
-def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
-    """Read trajectories from JSONL: plain ones (`memento generate`) or scored groups (a run's ``rollouts.jsonl``).
+def read_scored(path: str | Path) -> Iterator[tuple[Trajectory, tuple[RewardResult, ...], int]]:
+    """Trajectories of a JSONL file one by one, with the verdicts of their group and their place in it.
+
+    Plain trajectories (`memento generate`) have no verdicts.
 
     Raises:
-        UserError: naming file and line of anything else.
+        UserError: no such file, or a line that is neither a trajectory nor a scored group (file and line number).
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no trajectory file at {path}.")
+        raise UserError(f"no trajectory file at {path}. A run's is rollouts.jsonl; `memento generate` writes others.")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 if '"trajectories"' in line:
-                    yield from ScoredGroup.model_validate_json(line).trajectories
+                    group = ScoredGroup.model_validate_json(line)
+                    for place, trajectory in enumerate(group.trajectories):
+                        yield trajectory, group.rewards, place
                 else:
-                    yield Trajectory.model_validate_json(line)
+                    yield Trajectory.model_validate_json(line), (), 0
             except ValidationError as error:
                 raise UserError(f"{path}, line {number} is not a trajectory: {explain(error)}.") from error
+
+
+def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+    """The trajectories of `read_scored` alone."""
+    return (trajectory for trajectory, _, _ in read_scored(path))

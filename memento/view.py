@@ -21,15 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from memento import charts
 from memento.config import FormatConfig, RlConfig
 from memento.errors import UserError
 from memento.format import NEVER, Eviction, MementoFormat, parse
-from memento.problems import explain
 from memento.run import load_run_config
-from memento.trajectory import RewardResult, ScoredGroup, Trajectory
+from memento.trajectory import RewardResult, Trajectory, read_scored
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,32 +95,6 @@ class View:
 
 
 # ---------------------------------------------------------------------------------------------- reading
-
-
-def read_scored(path: str | Path) -> Iterator[tuple[Trajectory, tuple[RewardResult, ...], int]]:
-    """Trajectories of a JSONL file one by one, with the verdicts of their group and their place in it.
-
-    Plain trajectories (`memento generate`) have no verdicts.
-
-    Raises:
-        UserError: no such file, or a line that is neither a trajectory nor a scored group (file and line number).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no trajectory file at {path}. A run's is rollouts.jsonl; `memento generate` writes others.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                if '"trajectories"' in line:
-                    group = ScoredGroup.model_validate_json(line)
-                    for place, trajectory in enumerate(group.trajectories):
-                        yield trajectory, group.rewards, place
-                else:
-                    yield Trajectory.model_validate_json(line), (), 0
-            except ValidationError as error:
-                raise UserError(f"{path}, line {number} is not a trajectory: {explain(error)}.") from error
 
 
 def load_view(path: str | Path, index: int = 0, model: str | Path | None = None) -> View:
