@@ -7,10 +7,10 @@ export VENV
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test unit lint format clean
+.PHONY: help install quickstart test test-long unit lint format clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 install: ## create .venv and install what is missing (MEMENTO_PROFILE=cuda for GPUs)
 	@scripts/install.sh
@@ -22,7 +22,10 @@ test: lint ## everything that is checked: lint, types, unit tests, the small rea
 	$(BIN)/python -m pytest
 
 unit: install ## only the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
+
+test-long: install ## what takes too long for every day: kill tests, attack floods, whole matrices
+	$(BIN)/python -m pytest -m long
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check
