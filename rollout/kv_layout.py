@@ -1,4 +1,4 @@
-"""Where a token's keys and values lie inside a page, and how to move them.
+"""Where a token's keys and values lie in the caches of a model runner, as `memento.kernels.compaction` takes them.
 
 On GPUs vLLM binds every layer as ``[pages, kv_heads, page_tokens, content]`` whatever the strides, so a token is one
 index. The CPU kernels pack K and V of a page by instruction set; the packing is learned once, by writing known values
@@ -7,11 +7,11 @@ through the kernel that fills the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memento.kernels.compaction import PagedCache
 from memento.rollout.plan import EvictionFault
 
 if TYPE_CHECKING:
@@ -23,61 +23,33 @@ PLAIN_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 _BASE = 64  # digits of this base are exact in bfloat16
 
 
-@dataclass(frozen=True, slots=True)
-class PageLayout:
-    """The cache of one layer.
+def paged_caches(runner: GPUModelRunner) -> list[PagedCache]:
+    """The layers of a model runner whose KV cache is allocated, by kind: almost always one.
 
-    Attributes:
-        cache: [pages, kv_heads, page_tokens, content]; `content` is keys and values together.
-        elements: [page_tokens, content] places of a token's values in the flattened ``page_tokens * content`` of one
-            page and head, or None where they are simply ``cache[page, :, offset]``.
+    Raises:
+        EvictionFault: for an attention backend that was never tried.
     """
-
-    cache: torch.Tensor
-    elements: torch.Tensor | None
-
-    def move(self, source_slots: torch.Tensor, target_slots: torch.Tensor) -> None:
-        """Copy tokens between slots: all are read before any is written.
-
-        Args:
-            source_slots, target_slots: int64 [N] ``page * page_tokens + offset``; targets are distinct.
-        """
-        page_tokens = self.cache.shape[2]
-        source_page, source_offset = source_slots // page_tokens, source_slots % page_tokens
-        target_page, target_offset = target_slots // page_tokens, target_slots % page_tokens
-        if self.elements is None:
-            self.cache[target_page, :, target_offset] = self.cache[source_page, :, source_offset]
-            return
-        flat = self.cache.view(*self.cache.shape[:2], -1)
-        tokens = flat[source_page[:, None], :, self.elements[source_offset]]  # [N, content, kv_heads]
-        flat[target_page[:, None], :, self.elements[target_offset]] = tokens
-
-    @classmethod
-    def of_runner(cls, runner: GPUModelRunner) -> list[PageLayout]:
-        """The layouts of all layers of a model runner whose KV cache is allocated.
-
-        Raises:
-            EvictionFault: for an attention backend that was never tried.
-        """
-        layers: dict[str, Any] = runner.compilation_config.static_forward_context
-        layouts, learned, seen = [], {}, set()
-        for group in runner.kv_cache_config.kv_cache_groups:
-            for name in group.layer_names:
-                layer, cache = layers[name], layers[name].kv_cache
-                if cache.data_ptr() in seen:
-                    continue
-                seen.add(cache.data_ptr())
-                backend = layer.get_attn_backend().get_name()
-                if backend == "CPU_ATTN":
-                    key = (layer.isa, cache.shape[2:], cache.dtype)
-                    if key not in learned:
-                        learned[key] = learn_packing(layer.isa, cache.shape[2], cache.shape[3], cache.dtype)
-                    layouts.append(cls(cache, learned[key]))
-                elif backend in PLAIN_BACKENDS:
-                    layouts.append(cls(cache, None))
-                else:
-                    raise EvictionFault(f"attention backend {backend} of {name}: KV eviction knows {PLAIN_BACKENDS}")
-        return layouts
+    layers: dict[str, Any] = runner.compilation_config.static_forward_context
+    kinds: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    seen = set()
+    for group in runner.kv_cache_config.kv_cache_groups:
+        for name in group.layer_names:
+            layer, cache = layers[name], layers[name].kv_cache
+            if cache.data_ptr() in seen:
+                continue
+            seen.add(cache.data_ptr())
+            backend = layer.get_attn_backend().get_name()
+            if backend == "CPU_ATTN":
+                isa = layer.isa
+            elif backend in PLAIN_BACKENDS:
+                isa = None
+            else:
+                raise EvictionFault(f"attention backend {backend} of {name}: KV eviction knows {PLAIN_BACKENDS}")
+            kinds.setdefault((isa, cache.shape, cache.dtype, cache.stride()), []).append(cache)
+    return [
+        PagedCache(tuple(caches), None if isa is None else learn_packing(isa, *shape[2:], dtype))
+        for (isa, shape, dtype, _), caches in kinds.items()
+    ]
 
 
 def learn_packing(isa: str, page_tokens: int, content: int, dtype: torch.dtype) -> torch.Tensor:

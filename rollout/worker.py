@@ -19,8 +19,9 @@ if TYPE_CHECKING or not current_platform.is_cpu():
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as StockWorker
 
+from memento.kernels.compaction import Moves, PagedCache, compact
 from memento.rollout.compatibility import check_attention_spec, check_config, check_runner, check_vllm
-from memento.rollout.kv_layout import PageLayout
+from memento.rollout.kv_layout import paged_caches
 from memento.rollout.kv_manager import EvictingAttentionSpec
 from memento.rollout.plan import EvictionFault, EvictionStep
 
@@ -40,7 +41,7 @@ class EvictingRunner(_Runner):
     """The hooks over vLLM's V1 model runner. `self` is a stock runner whose class was extended."""
 
     _evicted: dict[str, int]
-    _layouts: list[PageLayout] | None
+    _caches: list[PagedCache] | None
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
@@ -50,7 +51,7 @@ class EvictingRunner(_Runner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        self._layouts = None  # the tensors are new: look at them again
+        self._caches = None  # the tensors are new: look at them again
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -67,12 +68,11 @@ class EvictingRunner(_Runner):
     def _compact(self, step: EvictionStep) -> None:
         # All requests at once: their pages are disjoint. This runs before the step writes anything, so a page freed by
         # a compaction and given to another request in the same step is still intact.
-        if self._layouts is None:
-            self._layouts = PageLayout.of_runner(self)
-        source = torch.from_numpy(np.concatenate([c.source_slots for c in step.compactions])).to(self.device)
-        target = torch.from_numpy(np.concatenate([c.target_slots for c in step.compactions])).to(self.device)
-        for layout in self._layouts:
-            layout.move(source, target)
+        if self._caches is None:
+            self._caches = paged_caches(self)
+        moves = Moves.of([(c.source_slots, c.target_slots) for c in step.compactions], self.device)
+        for cache in self._caches:
+            compact(cache, moves)
         for compaction in step.compactions:
             self._truncate(compaction.request_id, compaction.num_pages)
 
@@ -142,5 +142,5 @@ class EvictingWorker(StockWorker):
         check_runner(type(runner))
         runner.__class__ = type(f"Evicting{type(runner).__name__}", (EvictingRunner, type(runner)), {})
         runner._evicted = {}
-        runner._layouts = None
+        runner._caches = None
         logger.info("KV eviction is live in worker %d (%s)", self.rank, type(runner).__name__)

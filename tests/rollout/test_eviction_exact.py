@@ -34,8 +34,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from memento.format import MementoFormat, evictions, kv_profile, visible_until
+from memento.kernels.compaction import Moves, PagedCache, compact
 from memento.rollout import EvictionStats, eviction_args, eviction_stats
-from memento.rollout.kv_layout import PageLayout, learn_packing
+from memento.rollout.kv_layout import learn_packing
 from memento.rollout.request_statistics import MissingStats
 
 PAGE, VOCAB, LAYERS, KV_HEADS, HEAD = 32, 64, 3, 2, 32
@@ -514,7 +515,8 @@ def test_moving_tokens_is_the_same_as_writing_them_elsewhere(isa, page_tokens, d
         return cache
 
     moved, expected = written(source), written(target)
-    PageLayout(moved, learn_packing(isa, page_tokens, 2 * head_size, dtype)).move(source, target)
+    packing = learn_packing(isa, page_tokens, 2 * head_size, dtype)
+    compact(PagedCache((moved,), packing), Moves.of([(source.numpy(), target.numpy())], "cpu"))
     # Compare where the tokens went; what they left behind stays in the other slots.
     page, element = target[:, None] // page_tokens, learn_packing(isa, page_tokens, 2 * head_size, dtype)
     place = page, slice(None), element[target % page_tokens]
