@@ -1,4 +1,9 @@
-"""How a problem becomes prompt tokens. SFT, rollouts and RL all render it here, and only here."""
+"""How a problem becomes prompt tokens. SFT, rollouts and RL all render it here, and only here.
+
+The template is the tokenizer's own. SFT sets it once (`install_template`), so that the saved model carries what it was
+trained with: plain ChatML without a system prompt for Qwen and Olmo, whose own templates add one or open the thinking;
+Phi-4 keeps its own, which holds its system prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,51 @@ from typing import Any
 
 from memento.errors import UserError
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML as MEMENTO (arXiv 2604.09852, section on data) uses it: the problem is the user's turn, nothing before it."""
+
 _SENTINEL = "USER-TEXT-GOES-HERE"
+
+
+def install_template(tokenizer: Any, template: str = "auto") -> str:
+    """Give a tokenizer the chat template that its model is trained with.
+
+    Args:
+        tokenizer: changed in place.
+        template: ``chatml``; ``own``, whatever the tokenizer came with; ``auto``, its own where that separates turns
+            with ``<|im_sep|>`` (Phi-4), else ChatML where the tokenizer has its tokens, else its own.
+
+    Returns:
+        ``chatml`` or ``own``.
+
+    Raises:
+        UserError: ChatML was asked for and the tokenizer lacks its tokens, or there is no template at all.
+    """
+    known = tokenizer.get_vocab()
+    lacking = [token for token in ("<|im_start|>", "<|im_end|>") if token not in known]
+    chosen = template
+    if template == "auto":
+        chosen = "own" if lacking or "<|im_sep|>" in known else "chatml"
+    if chosen == "chatml":
+        if lacking:
+            raise UserError(f"chat_template: chatml needs {' and '.join(lacking)} in the tokenizer; use own or auto.")
+        tokenizer.chat_template = CHATML
+    elif not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template and no ChatML tokens; start from a chat model, or add "
+            "chat_template.jinja to it."
+        )
+    return chosen
+
+
+def opens_thinking(tokenizer: Any) -> bool:
+    """Whether the prompt ends with ``<think>`` already, so that the completion begins after it."""
+    messages = [{"role": "user", "content": _SENTINEL}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return rendered.rstrip().endswith("<think>")
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:

@@ -369,19 +369,47 @@ class SftPhase(Section):
     """Generated traces of this length range. null: rows of `data`."""
 
 
+class SftEvalConfig(Section):
+    """Evaluation by rollouts while a stage trains; `out`/hf is then the checkpoint that did best."""
+
+    problems: Path | None = None
+    """JSONL of problems. null: no evaluation, and the last weights are the result."""
+    interval: int = Field(default=100, gt=0)
+    """Optimiser steps between two evaluations; there is one after the last step too."""
+    samples: int = Field(default=1, gt=0)
+    """Completions a problem."""
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int = Field(default=20, ge=-1)
+    max_tokens: int = Field(default=31_744, gt=0)
+    rollout: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Engine settings, as for `memento evaluate --set rollout.KEY=VALUE`. The trainer keeps its memory meanwhile: leave
+    the engine little enough with gpu_memory_utilization."""
+
+
 class SftConfig(Section):
     """One SFT stage: `memento sft CONFIG`."""
 
     kind: Literal["sft"] = "sft"
-    stage: Literal["stage1", "stage2", "control"]
-    """stage1: full attention on memento traces. stage2: the same traces with memento attention. control: full attention
-    on the same source traces without blocks and mementos (the SFT-only baseline)."""
+    stage: Literal["stage0", "stage1", "stage2", "control"]
+    """stage0: plain reasoning traces, for a base model that does not reason yet. stage1: full attention on memento
+    traces. stage2: the same traces with memento attention. control: full attention on the same source traces without
+    blocks and mementos (the SFT-only baseline)."""
     out: Path
     """The run folder; the model is saved in `out`/hf."""
     model: Path | str | None = None
     """Where to start: a Hugging Face folder or hub id. null: the tiny Qwen3 of the quickstart, made from `seed`."""
     data: Path | str | None = None
-    """JSONL or hub data set with `problem` and `response`. null: the generated arithmetic traces of `phases`."""
+    """JSONL or Parquet file, folder or hub data set (`name:subset@split`) in the columns of OpenMementos or OpenThoughts
+    (docs/data.md). null: the generated arithmetic traces of `phases`."""
+    streaming: bool = False
+    """Read a hub data set as it arrives instead of downloading all of it first."""
+    cache: Path | None = None
+    """Folder for tokenised traces, which later stages and runs map into memory. null: they are made and kept in memory."""
+    strict_blocks: bool = True
+    """Drop traces whose thinking has text between blocks. false: keep them; that text stays visible."""
+    chat_template: Literal["auto", "chatml", "own"] = "auto"
+    """auto: plain ChatML without a system prompt, but Phi-4 keeps its own template (`memento.chat.install_template`)."""
     seed: int = 42
     phases: tuple[SftPhase, ...] = ()
     """Steps and data of each phase. Empty: `epochs` over `data`."""
@@ -410,6 +438,9 @@ class SftConfig(Section):
     threads: int | None = Field(default=None, gt=0)
     """torch threads on CPU. null: all cores."""
     logging_steps: int = Field(default=10, gt=0)
+    checkpoint_steps: int | None = Field(default=None, gt=0)
+    """Write a checkpoint every so many steps, for `--resume`; the newest is kept. null: only when a signal stops the run."""
+    eval: SftEvalConfig = SftEvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -10,5 +10,5 @@ __path__, __getattr__ = package(
     __file__,
     add_delimiters="memento.sft.tokens",
     read_examples="memento.sft.data",
-    strip_blocks="memento.sft.data",
+    strip_blocks="memento.sft.rows",
 )

@@ -1,4 +1,8 @@
-"""From traces to packed rows: reading, checking, tokenising, and the plan of which trace is trained on when.
+"""From traces to packed rows: checking, tokenising, and the plan of which trace is trained on when.
+
+    rows (`memento.sft.rows`) ──check──> token ids ──> in memory, or an Arrow file that later runs map into memory
+                                             │
+             plan of all steps ──> packed rows, each document with its own ``visible_until`` ──> model
 
 A row packs whole traces without padding and carries ``visible_until``; each optimiser step is a fixed number of rows.
 The whole plan is made before training starts, so it is the same on every rank and in every run of a seed.
@@ -6,33 +10,40 @@ The whole plan is made before training starts, so it is the same on every rank a
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
-import re
+import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from memento.arithmetic import SPLITS, make_traces
-from memento.chat import encode_prompts, end_of_turn
+from memento.chat import encode_prompts, end_of_turn, opens_thinking
 from memento.config import SftConfig, SftPhase
 from memento.errors import UserError
-from memento.format import BLOCK_END, BLOCK_START, SUMMARY_END, SUMMARY_START, MementoFormat, parse, visible_until
+from memento.format import NEVER, MementoFormat, parse, visible_until
 from memento.kernels.hf import pack
+from memento.sft.rows import Row, check_response, read_rows, split_source, strip_blocks
 
 IGNORED = -100
 """The label of a token without loss."""
 
-_ANNOTATION = re.compile(
-    rf"{re.escape(SUMMARY_START)}.*?{re.escape(SUMMARY_END)}|{re.escape(BLOCK_START)}|{re.escape(BLOCK_END)}", re.DOTALL
-)
+PLAIN_STAGES = ("stage0", "control")
+"""Stages that train on reasoning without blocks and mementos, and need no delimiters in the tokenizer."""
+
+BATCH_ROWS = 512
+"""Rows that are tokenised at once."""
 
 
 class Region(IntEnum):
@@ -66,154 +77,315 @@ class Example:
         return len(self.token_ids)
 
 
-@dataclass(slots=True)
-class Examples:
-    """Tokenised traces, and what became of those that were read."""
+class Tokens(NamedTuple):
+    """A tokenised trace before anything is derived from it."""
 
-    examples: list[Example] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> how many."""
-    truncated: int = 0
+    token_ids: NDArray[np.int32]
+    prompt_len: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """What a stage makes of token ids.
+
+    Attributes:
+        name: ``stage0``, ``stage1``, ``stage2`` or ``control``.
+        fmt: the delimiters and what stage 2 evicts; None in a plain stage whose tokenizer lacks them.
+    """
+
+    name: str
+    fmt: MementoFormat | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether blocks and mementos are taken out of the traces."""
+        return self.name in PLAIN_STAGES
+
+    def example(self, tokens: Tokens) -> Example:
+        """The example with its visibility and regions."""
+        ids, prompt_len = tokens
+        if self.fmt is None:
+            until, region = np.full(len(ids), NEVER), _without_blocks(len(ids), prompt_len)
+        else:
+            shown = self.fmt if self.name == "stage2" else self.fmt.without_eviction()
+            until, region = visible_until(ids, shown, prompt_len), regions(ids, self.fmt, prompt_len)
+        return Example(ids, prompt_len, until, region)
+
+
+class TokenFile(Sequence[Tokens]):
+    """Tokenised traces in an Arrow file, mapped into memory: only what is read takes any."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._starts = [0]  # of each batch, in traces
+        self._batches: list[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]] = []
+        for number in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(number)
+            ids: Any = batch.column(0)
+            offsets = np.asarray(ids.offsets)
+            self._batches.append((np.asarray(ids.values), offsets, np.asarray(batch.column(1))))
+            self._starts.append(self._starts[-1] + len(offsets) - 1)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._starts, index) - 1
+        values, offsets, prompts = self._batches[number]
+        at = index - self._starts[number]
+        return Tokens(values[offsets[at] : offsets[at + 1]], int(prompts[at]))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each trace, without reading them."""
+        return [int(n) for _, offsets, _ in self._batches for n in np.diff(offsets)]
+
+
+class Examples(Sequence[Example]):
+    """Tokenised traces, and what became of those that were read. What a stage derives from the ids is made on access.
+
+    Attributes:
+        dropped: reason (`memento.sft.rows.REASONS`) -> how many.
+        truncated: traces cut at the maximum length.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.dropped: Counter[str] = Counter()
+        self.truncated = 0
+        self._parts: list[Sequence[Tokens]] = []
+        self._starts = [0]
+        self._lengths: list[int] = []
+
+    def add(self, tokens: Sequence[Tokens], dropped: Counter[str], truncated: int) -> range:
+        """Append traces; returns their indices."""
+        lengths = tokens.lengths() if isinstance(tokens, TokenFile) else [len(t.token_ids) for t in tokens]
+        first = len(self)
+        self._parts.append(tokens)
+        self._starts.append(first + len(tokens))
+        self._lengths += lengths
+        self.dropped += dropped
+        self.truncated += truncated
+        return range(first, len(self))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._starts, index) - 1
+        return self.stage.example(self._parts[part][index - self._starts[part]])
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each trace."""
+        return self._lengths
 
     def report(self) -> str:
         """One line for a person: how many traces and tokens, what was dropped and why."""
-        tokens = sum(map(len, self.examples))
-        parts = [f"{len(self.examples)} traces, {tokens:,} tokens"]
+        parts = [f"{len(self)} traces, {sum(self._lengths):,} tokens"]
         parts += [f"{count} dropped ({reason})" for reason, count in self.dropped.most_common()]
         parts += [f"{self.truncated} truncated"] if self.truncated else []
         return ", ".join(parts)
 
 
-def strip_blocks(response: str) -> str:
-    """The same reasoning without blocks and mementos: what the SFT-only control is trained on."""
-    return _ANNOTATION.sub("", response)
-
-
-def read_rows(data: Path | str) -> Iterator[tuple[str, str]]:
-    """(problem, response) pairs of a JSONL file or a hub data set (its ``train`` split).
-
-    Raises:
-        UserError: no such file; a line that is not JSON or lacks a column (file and line are named); a data set that
-            cannot be loaded.
-    """
-    path = Path(data)
-    if path.suffix in (".jsonl", ".json") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"no data file at {path}. `data` takes a JSONL file with `problem` and `response`.")
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})."
-                    ) from error
-                yield _columns(row, f"{path}, line {number}")
-        return
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(str(data), split="train")
-    except Exception as error:  # many kinds: no network, no such set, no such split
-        raise UserError(f"cannot load the data set {data}: {error}. `data` takes a JSONL file or a hub id.") from error
-    for number, row in enumerate(rows):
-        yield _columns(row, f"{data}, row {number}")
-
-
-def _columns(row: Any, where: str) -> tuple[str, str]:
-    missing = [c for c in ("problem", "response") if not isinstance(row, dict) or not isinstance(row.get(c), str)]
-    if missing:
-        raise UserError(f"{where}: `{missing[0]}` is missing or no text; each line needs `problem` and `response`.")
-    return row["problem"], row["response"]
-
-
 def read_examples(
-    rows: Sequence[tuple[str, str]], tokenizer: Any, fmt: MementoFormat, stage: str, max_length: int
+    rows: Iterable[Row | tuple[str, str]],
+    tokenizer: Any,
+    fmt: MementoFormat | None,
+    stage: str,
+    max_length: int,
+    *,
+    strict: bool = True,
 ) -> Examples:
-    """Check and tokenise (problem, response) pairs.
+    """Check and tokenise traces.
 
-    In every stage a response must hold complete blocks only; in the control they are then taken out, so that all stages
-    see the same source traces.
+    In every stage a response with delimiters must hold complete blocks only; in stage 0 and the control they are then
+    taken out, so that all stages see the same source traces.
 
     Args:
-        rows: responses in memento format; in the control, plain ones are taken as they are.
-        tokenizer: holds the delimiters.
-        fmt: what stage 2 evicts. Stage 1 and the control evict nothing, whatever it says.
-        stage: ``stage1``, ``stage2`` or ``control``.
+        rows: `memento.sft.rows.Row`s, or (problem, response) pairs.
+        tokenizer: holds the delimiters, but for the plain stages.
+        fmt: what stage 2 evicts. The other stages evict nothing, whatever it says.
+        stage: ``stage0``, ``stage1``, ``stage2`` or ``control``.
         max_length: longer traces are cut there, and counted; a prompt that fills it is dropped.
+        strict: also drop traces with text between blocks.
 
     Returns:
-        The examples in order, and counts of what was dropped: ``empty``, ``no blocks``, ``malformed blocks``,
-        ``prompt too long``.
+        The examples in order, and counts of what was dropped.
     """
-    result = Examples()
-    kept = [(problem, response) for problem, response in rows if problem.strip() and response.strip()]
-    if len(kept) < len(rows):
-        result.dropped["empty"] = len(rows) - len(kept)
-    if not kept:
-        return result
-    prompts = encode_prompts(tokenizer, [problem for problem, _ in kept])
-    responses = _encode(tokenizer, [response for _, response in kept])
-    end, shown = end_of_turn(tokenizer), fmt if stage == "stage2" else fmt.without_eviction()
-    for (_, response), prompt, completion in zip(kept, prompts, responses, strict=True):
-        trace = parse(completion, fmt)
-        plain = stage == "control" and not any(i in fmt.delimiter_ids for i in completion)
-        if not plain and not trace.well_formed:
-            result.dropped["malformed blocks"] += 1
-            continue
-        if not plain and not trace.blocks:
-            result.dropped["no blocks"] += 1
-            continue
-        if len(prompt) >= max_length:
-            result.dropped["prompt too long"] += 1
-            continue
-        if stage == "control" and not plain:
-            completion = _encode(tokenizer, [strip_blocks(response)])[0]
-        ids = np.array([*prompt, *completion, end], dtype=np.int32)
-        result.truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        until = visible_until(ids, shown, len(prompt))
-        result.examples.append(Example(ids, len(prompt), until, regions(ids, fmt, len(prompt))))
+    result = Examples(Stage(stage, fmt))
+    dropped: Counter[str] = Counter()
+    found = list(_tokenise(rows, tokenizer, result.stage, max_length, strict, dropped))
+    result.add([tokens for tokens, _ in found], dropped, sum(cut for _, cut in found))
     return result
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+def _tokenise(
+    rows: Iterable[Row | tuple[str, str]],
+    tokenizer: Any,
+    stage: Stage,
+    max_length: int,
+    strict: bool,
+    dropped: Counter[str],
+) -> Iterator[tuple[Tokens, bool]]:
+    """(token ids, whether they were cut) of each usable trace."""
+    end, opened = end_of_turn(tokenizer), opens_thinking(tokenizer)
+    foreign = _foreign_tokens(tokenizer, stage.fmt)
+    stream = iter(rows)
+    while batch := list(islice(stream, BATCH_ROWS)):
+        kept: list[tuple[str, str]] = []
+        for row in batch:
+            problem, response = row[0], row[1]
+            reason = (None if problem.strip() else "empty") or check_response(
+                response, blocks=not stage.plain, strict=strict
+            )
+            if reason is None:
+                kept.append((problem, strip_blocks(response) if stage.plain else response))
+            else:
+                dropped[reason] += 1
+        prompts = encode_prompts(tokenizer, [problem for problem, _ in kept])
+        texts = [_after_opening(response) if opened else response for _, response in kept]
+        completions = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if len(prompt) >= max_length:
+                dropped["prompt too long"] += 1
+            elif not foreign.isdisjoint(completion):
+                dropped["special token in the response"] += 1
+            else:
+                ids = np.array([*prompt, *completion, end], dtype=np.int32)
+                yield Tokens(ids[:max_length], len(prompt)), len(ids) > max_length
+
+
+def _after_opening(response: str) -> str:
+    """The response without the ``<think>`` that the prompt ends with."""
+    return response.partition("<think>")[2].removeprefix("\n")
+
+
+def _foreign_tokens(tokenizer: Any, fmt: MementoFormat | None) -> frozenset[int]:
+    """Special tokens that no response may hold: all but think tags and delimiters."""
+    allowed = set(fmt.delimiter_ids) if fmt is not None else set()
+    allowed |= {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    return frozenset(special - allowed)
 
 
 def regions(token_ids: NDArray[np.integer], fmt: MementoFormat, prompt_len: int) -> NDArray[np.int8]:
-    """The `Region` of each token, int8 [T]."""
-    region = np.full(len(token_ids), Region.ANSWER, dtype=np.int8)
-    for block in parse(token_ids, fmt, prompt_len).blocks:
+    """The `Region` of each token, int8 [T]. A block or memento that the end of the trace cuts off counts as one."""
+    region = _without_blocks(len(token_ids), prompt_len)
+    # With the delimiters that would have come, whatever is still open is complete; out of order they change nothing.
+    closed = np.concatenate([token_ids, [fmt.block_end, fmt.summary_start, fmt.summary_end]])
+    for block in parse(closed, fmt, prompt_len).blocks:
         region[block.start : block.end] = Region.BLOCK
         region[block.memento_start : block.memento_end] = Region.MEMENTO
-    region[np.isin(token_ids, fmt.delimiter_ids)] = Region.DELIMITER
+    region[prompt_len:][np.isin(token_ids[prompt_len:], fmt.delimiter_ids)] = Region.DELIMITER
+    return region
+
+
+def _without_blocks(length: int, prompt_len: int) -> NDArray[np.int8]:
+    region = np.full(length, Region.ANSWER, dtype=np.int8)
     region[:prompt_len] = Region.PROMPT
     return region
 
 
-def training_examples(config: SftConfig, tokenizer: Any, fmt: MementoFormat) -> tuple[Examples, list[list[int]]]:
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+def tokenised(config: SftConfig, tokenizer: Any, stage: Stage) -> tuple[Sequence[Tokens], Counter[str], int]:
+    """The traces of ``config.data``: (tokens, dropped, truncated), through ``config.cache`` if there is one.
+
+    The file's name is a hash of all that shapes it: source, tokenizer, chat template, length, stage. Of several ranks
+    the first writes it and the others wait.
+    """
+    assert config.data is not None
+    dropped: Counter[str] = Counter()
+    rows = read_rows(config.data, dropped=dropped, streaming=config.streaming)
+    found = _tokenise(rows, tokenizer, stage, config.max_length, config.strict_blocks, dropped)
+    if config.cache is None:
+        kept = list(found)
+        return [tokens for tokens, _ in kept], dropped, sum(cut for _, cut in kept)
+    folder = config.cache / _cache_key(config, tokenizer, stage)
+    config.cache.mkdir(parents=True, exist_ok=True)
+    with (config.cache / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "about.json").is_file():
+            _write_tokens(found, folder, dropped)
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return TokenFile(folder / "traces.arrow"), Counter(about["dropped"]), about["truncated"]
+
+
+def _write_tokens(found: Iterator[tuple[Tokens, bool]], folder: Path, dropped: Counter[str]) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("token_ids", pa.large_list(pa.int32())), ("prompt_len", pa.int32())])
+    aside = folder.with_name(f"{folder.name}.tmp")
+    aside.mkdir(parents=True, exist_ok=True)
+    truncated = 0
+    with pa.OSFile(str(aside / "traces.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        while batch := list(islice(found, BATCH_ROWS)):
+            truncated += sum(cut for _, cut in batch)
+            offsets = np.concatenate([[0], np.cumsum([len(t.token_ids) for t, _ in batch])]).astype(np.int64)
+            values = pa.array(np.concatenate([t.token_ids for t, _ in batch]))
+            ids = pa.LargeListArray.from_arrays(pa.array(offsets), values)
+            prompts = pa.array([t.prompt_len for t, _ in batch], pa.int32())
+            writer.write_batch(pa.record_batch([ids, prompts], schema=schema))
+    about = {"dropped": dict(dropped), "truncated": truncated}
+    (aside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    os.replace(aside, folder)
+
+
+def _cache_key(config: SftConfig, tokenizer: Any, stage: Stage) -> str:
+    name = split_source(str(config.data))[0]
+    files = sorted(p for p in Path(name).rglob("*") if p.is_file()) if Path(name).is_dir() else [Path(name)]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "version": 1,
+        "data": str(config.data),
+        "files": stats,
+        "tokenizer": hashlib.blake2b((backend.to_str() if backend else repr(tokenizer)).encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "plain": stage.plain,
+        "max_length": config.max_length,
+        "strict": config.strict_blocks,
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def training_examples(config: SftConfig, tokenizer: Any, fmt: MementoFormat | None) -> tuple[Examples, list[list[int]]]:
     """Every trace of a run, and for each optimiser step the indices of the ``batch_size`` traces it trains on.
 
     Raises:
         UserError: the data holds no usable trace, or fewer than one batch over all epochs.
     """
-    total, steps = Examples(), []
-
-    def add(rows: Sequence[tuple[str, str]]) -> range:
-        new = read_examples(rows, tokenizer, fmt, config.stage, config.max_length)
-        first = len(total.examples)
-        total.examples += new.examples
-        total.dropped += new.dropped
-        total.truncated += new.truncated
-        return range(first, len(total.examples))
-
+    total = Examples(Stage(config.stage, fmt))
+    steps: list[list[int]] = []
     stream: Iterator[int] | None = None
     count = 0
     if config.data is not None:
-        indices = add(list(read_rows(config.data)))
+        indices = total.add(*tokenised(config, tokenizer, total.stage))
         if not indices:
             raise UserError(f"{config.data} holds no usable trace: {total.report()}.")
         stream, count = _shuffled(indices, config.seed), len(indices)
@@ -230,7 +402,10 @@ def training_examples(config: SftConfig, tokenizer: Any, fmt: MementoFormat) -> 
                 terms=(family.min_terms, family.max_terms),
                 digits=family.digits,
             )
-            indices = add([(problem.prompt, trace) for problem, trace in traces])
+            rows = [Row(problem.prompt, trace) for problem, trace in traces]
+            dropped: Counter[str] = Counter()
+            found = list(_tokenise(rows, tokenizer, total.stage, config.max_length, config.strict_blocks, dropped))
+            indices = total.add([tokens for tokens, _ in found], dropped, sum(cut for _, cut in found))
             assert len(indices) == len(traces), f"generated traces must all be usable: {total.report()}"
             steps += [list(indices[i : i + config.batch_size]) for i in range(0, len(indices), config.batch_size)]
     return total, steps

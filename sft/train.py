@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from memento.config import SftConfig, load_config
 from memento.errors import UserError
+from memento.format import DELIMITERS
 from memento.run import Run, RunStopped
 
 
@@ -78,9 +79,11 @@ def train(config: SftConfig, *, resume: bool = False) -> Path:
         torch.set_num_threads(config.threads)
 
     tokenizer, model, added = _load(config)
-    fmt = config.format.bind(tokenizer)
+    # Plain stages keep the tokenizer as it is: rows for tokens that never occur would only be trained away.
+    has_delimiters = all(token in tokenizer.get_vocab() for token in DELIMITERS)
+    fmt = config.format.bind(tokenizer) if has_delimiters else None
     data, steps = training_examples(config, tokenizer, fmt)
-    rows, per_rank = pack_steps(steps, [len(e) for e in data.examples], config.micro_batch_tokens, ranks)
+    rows, per_rank = pack_steps(steps, data.lengths, config.micro_batch_tokens, ranks)
 
     folder = config.out / "hf"
     with Run.open(config, resume=resume) if rank == 0 else nullcontext() as run:
@@ -89,7 +92,7 @@ def train(config: SftConfig, *, resume: bool = False) -> Path:
             run.say(f"{config.stage}: {data.report()}; {len(steps)} steps of {config.batch_size} traces")
             if added:
                 run.say(f"added to the tokenizer: {', '.join(added)}")
-        trainer = _trainer(config, model, tokenizer, data.examples, rows, len(steps), per_rank, run)
+        trainer = _trainer(config, model, tokenizer, data, rows, len(steps), per_rank, run)
         checkpoint = _last_checkpoint(config.out) if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
         if run is not None and run.stopping:
@@ -99,7 +102,7 @@ def train(config: SftConfig, *, resume: bool = False) -> Path:
         if run is not None:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the model
             (config.out / "data.json").write_text(
-                json.dumps({"traces": len(data.examples), "dropped": data.dropped, "truncated": data.truncated}) + "\n"
+                json.dumps({"traces": len(data), "dropped": data.dropped, "truncated": data.truncated}) + "\n"
             )
             run.say(f"saved {folder}")
     torch.distributed.destroy_process_group()
@@ -138,7 +141,9 @@ def _load(config: SftConfig) -> tuple[Any, Any, list[str]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from memento.chat import install_template
     from memento.kernels.hf import attach
+    from memento.sft.data import PLAIN_STAGES
     from memento.sft.tokens import add_delimiters
     from memento.tiny import write_tiny_model
 
@@ -147,7 +152,8 @@ def _load(config: SftConfig) -> tuple[Any, Any, list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # Mixed precision keeps fp32 master weights, so the model is loaded in fp32 whatever `dtype` computes in.
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    added = add_delimiters(model, tokenizer, config.seed)
+    install_template(tokenizer, config.chat_template)
+    added = [] if config.stage in PLAIN_STAGES else add_delimiters(model, tokenizer, config.seed)
     try:
         attach(model)
     except ValueError as error:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from memento.errors import UserError
 from memento.format import DELIMITERS, MementoFormat
 from memento.sft.tokens import NOISE_STD, RELATED_WORDS, add_delimiters
 
@@ -45,7 +46,10 @@ def test_new_rows_are_the_mean_of_related_words(tied: bool, spare_rows: int) -> 
     assert add_delimiters(network, tokenizer, seed=0) == list(DELIMITERS)
     fmt = MementoFormat.from_tokenizer(tokenizer, evict_delimiters=False)
     assert tokenizer("<keep><|block_end|> block")["input_ids"][1] == fmt.block_end
-    assert network.get_input_embeddings().weight.shape[0] == max(rows, len(tokenizer))
+    grown = network.get_input_embeddings().weight.shape[0]
+    assert grown == rows if rows >= len(tokenizer) else grown % 64 == 0 and grown - len(tokenizer) < 64
+    assert network.config.vocab_size == grown
+    assert (network.lm_head.weight is network.get_input_embeddings().weight) == tied
     for old, new in zip(before, (network.get_input_embeddings().weight, network.lm_head.weight), strict=True):
         for token, words in RELATED_WORDS.items():
             row = tokenizer.convert_tokens_to_ids(token)
@@ -62,3 +66,19 @@ def test_nothing_happens_where_they_are_there() -> None:
     weight = network.get_input_embeddings().weight.clone()
     assert add_delimiters(network, tokenizer, seed=1) == []
     assert torch.equal(weight, network.get_input_embeddings().weight)
+
+
+def test_delimiters_that_mean_something_else_are_refused() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.add_tokens(["<|block_end|>"], special_tokens=False)
+    with pytest.raises(UserError, match=r"<\|block_end\|> \(id \d+\) as an ordinary piece of text"):
+        add_delimiters(model(len(tokenizer) + 10, tied=True), tokenizer, seed=0)
+    tokenizer = words_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|summary_start|>", special=True, lstrip=True)])
+    with pytest.raises(UserError, match="swallows the white space around it"):
+        add_delimiters(model(len(tokenizer) + 10, tied=True), tokenizer, seed=0)
+    tokenizer = words_tokenizer()
+    small = model(len(tokenizer), tied=True)
+    tokenizer.add_tokens(list(DELIMITERS), special_tokens=True)
+    with pytest.raises(UserError, match="tokenizer and model do not belong together"):
+        add_delimiters(small, tokenizer, seed=0)
