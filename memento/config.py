@@ -65,21 +65,43 @@ class ArithmeticConfig(Section):
 
 
 class ProblemsConfig(Section):
-    """Where problems come from: a JSONL file, or the generated family. Exactly one of the two."""
+    """Where problems come from: a file, a folder, the hub, or the generated family (docs/rewards.md)."""
 
-    path: Path | None = None
-    """JSONL of `memento.problems.Problem`."""
+    path: Path | str | None = None
+    """A file (JSONL, JSON, Parquet, CSV), a folder of them, the name of a known set (`gsm8k`, `math500`, ...) or a hub
+    id (`organisation/name`)."""
     arithmetic: ArithmeticConfig | None = None
     """Generate them instead."""
+    set: str = "auto"
+    """How columns become problems: the name of a known set; `auto` recognises it by its columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For a set that is not known: field of a problem -> column, e.g. {prompt: question, answer: final}. Fields: id,
+    prompt, answer."""
+    kind: Literal["math", "choice"] = "math"
+    """Of problems read by `columns`."""
+    subset: str | None = None
+    """Configuration of a hub data set. null: the known one, or its only one."""
+    split: str | None = None
+    """Split of a hub data set or folder, e.g. test. null: the known one, or the only one there is."""
+    instruction: str | None = None
+    """Put below every prompt. null: what the known set asks for (a boxed answer); nothing for our own files."""
+    exclude: tuple[str, ...] = ()
+    """Leave out problems that are also here: files, folders, known sets or hub ids. By id and by normalised text."""
+    skip_bad: bool = False
+    """Leave out, and count, rows that are no problem and golds nobody could match. false: the first is an error."""
     count: int | None = Field(default=None, gt=0)
-    """How many: the first of a file, or that many generated. null takes the whole file (4096 generated)."""
+    """How many: the first that are left, or that many generated. null takes all (4096 generated)."""
     seed: int = 0
     """Seed of generated problems. Training and evaluation seeds give disjoint problems."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.arithmetic is None):
-            raise ValueError("give either `path` (a JSONL file) or `arithmetic` (generated problems)")
+            raise ValueError("give either `path` (a file, folder, set or hub id) or `arithmetic` (generated problems)")
+        if self.columns and not {"prompt", "answer"} <= set(self.columns) <= {"id", "prompt", "answer"}:
+            raise ValueError(f"columns names prompt and answer, and perhaps id; got {', '.join(self.columns)}")
+        if self.columns and self.set != "auto":
+            raise ValueError(f"set {self.set} knows its columns; leave out either `set` or `columns`")
         return self
 
 
@@ -142,11 +164,72 @@ class RolloutConfig(Section):
     """How often Ray restarts a dead engine. It gets the current weights before it takes work."""
 
 
-class RewardsConfig(Section):
-    """The verifiers."""
+class RewardTermConfig(Section):
+    """One term of a composed reward: a score, how much it weighs, whether it is a gate (docs/rewards.md)."""
 
+    kind: Literal["verifier", "well_formed", "memento_length", "block_length", "custom"]
+    """verifier: that of the problem's kind (math, code, choice). well_formed: complete blocks over blocks and faults.
+    memento_length, block_length: how well lengths keep to [low, high]. custom: a Python function."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z][\w-]*$")
+    """In metrics: reward/part/<name>. null: the kind."""
+    weight: float = 1.0
+    """The reward is the sum of weight x score."""
+    gate: float | None = None
+    """The whole reward is 0 where this term scores less. null: no gate."""
+    part: str | None = None
+    """Of a verifier or custom term: take this part of its result, e.g. tests_passed, where it has it."""
+    low: int | None = Field(default=None, gt=0)
+    """Tokens a memento or block should have at least."""
+    high: int | None = Field(default=None, gt=0)
+    """Tokens it should have at most."""
+    function: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
+    """Of a custom term: `module:function`, called as function(problem=..., completion=...) in a worker of its own."""
+    workers: int = Field(default=1, gt=0)
+    """Worker processes of a custom term, in each reward actor."""
+    timeout_s: float = Field(default=6.0, gt=0)
+    """Wall seconds of one call of a custom function; then its worker is killed."""
+    memory_limit_mib: int | None = Field(default=None, gt=0)
+    """Address space of a custom term's worker. null: no limit."""
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return self.name or self.kind
+
+    @property
+    def judges(self) -> bool:
+        """Whether it says right or wrong, and not only how the completion looks."""
+        return self.kind in ("verifier", "custom")
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        lengths = self.kind in ("memento_length", "block_length")
+        if lengths and self.low is None and self.high is None:
+            raise ValueError(f"{self.kind} needs `low` or `high`, or both")
+        if not lengths and (self.low is not None or self.high is not None):
+            raise ValueError(f"`low` and `high` are read by memento_length and block_length, not by {self.kind}")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low ({self.low}) is more than high ({self.high})")
+        if (self.kind == "custom") != (self.function is not None):
+            raise ValueError("kind custom needs `function: module:function`, and no other kind reads it")
+        if self.part is not None and not self.judges:
+            raise ValueError(f"`part` is read by verifier and custom terms, not by {self.kind}")
+        return self
+
+
+class RewardsConfig(Section):
+    """The verifiers, and what a reward is made of."""
+
+    terms: tuple[RewardTermConfig, ...] = ()
+    """The reward as a weighted sum with gates. Empty: the verifier's score alone."""
+    actors: int = Field(default=1, gt=0)
+    """Ray actors that verify; each has its own workers. More than one spreads them over a cluster."""
+    pending_groups: int = Field(default=64, gt=0)
+    """Groups one actor holds at a time; whoever submits more waits."""
     workers: int = Field(default=2, gt=0)
-    """Killable worker processes."""
+    """Killable worker processes of one actor."""
+    recycle_after: int = Field(default=5000, gt=0)
+    """Verifications after which a worker is replaced by a fresh process: SymPy's caches grow."""
     timeout_s: float = Field(default=6.0, gt=0)
     """Wall seconds of one math verification, kept by the parent."""
     code_timeout_s: float = Field(default=30.0, gt=0)
@@ -157,7 +240,19 @@ class RewardsConfig(Section):
     """Isolation of model-written code. `namespaces` refuses to start where the kernel does not allow them; `auto` takes
     them where it can and says which level it used."""
     cpus: float = Field(default=0.0, ge=0)
-    """CPU cores reserved for the pool."""
+    """CPU cores reserved for one actor."""
+
+    @model_validator(mode="after")
+    def _terms_agree(self) -> Self:
+        labels = [term.label for term in self.terms]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"two terms are called {repeated[0]}; give each its own `name`")
+        if sum(term.kind == "verifier" for term in self.terms) > 1:
+            raise ValueError("the verifier runs once a sample: there can be one verifier term only")
+        if self.terms and not any(term.judges for term in self.terms):
+            raise ValueError("terms need a verifier or a custom term: format alone does not tell right from wrong")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -283,6 +378,8 @@ class EvalConfig(Section):
 
     problems: ProblemsConfig | None = None
     """null: no evaluation."""
+    decontaminate: bool = True
+    """Leave these problems out of training, by id and by normalised text."""
     interval: int = Field(default=25, gt=0)
     """Every so many steps; also before the first and after the last one."""
     samples: int = Field(default=1, gt=0)

@@ -1,4 +1,4 @@
-"""Problems with verifiable answers, and how they are read from JSONL.
+"""Problems with verifiable answers, and how they are read: our own JSONL, or a public set (`memento.problem_sets`).
 
 One line, one problem::
 
@@ -9,16 +9,16 @@ One line, one problem::
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from memento.errors import UserError
+from memento.problem_sets import Row, SetFormat, digest, format_named, read_rows, recognise
 
 
 class Record(BaseModel):
@@ -89,27 +89,77 @@ class Problem(Record):
         return self
 
 
-def load_problems(path: str | Path, *, limit: int | None = None) -> list[Problem]:
-    """Read problems from a JSONL file.
+class LocatedProblem(NamedTuple):
+    """A problem, where it stands (``train.jsonl, line 3``), and what its set wants put below the prompt."""
+
+    where: str
+    problem: Problem
+    instruction: str = ""
+
+
+class BadProblem(NamedTuple):
+    """A row that is no problem: where it stands, and why."""
+
+    where: str
+    why: str
+
+
+def read_located(
+    source: str | Path,
+    *,
+    set_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    kind: str = "math",
+    subset: str | None = None,
+    split: str | None = None,
+) -> Iterator[LocatedProblem | BadProblem]:
+    """The problems of a file, folder, known set or hub data set, row by row, with their places.
 
     Args:
-        path: the file; empty lines are skipped.
+        source: see `memento.problem_sets.read_rows`.
+        set_name: whose columns the rows have; ``auto`` recognises it by the columns of the first row.
+        columns: for a set that is not known: problem field (``prompt``, ``answer``, ``id``) -> column.
+        kind: of problems read by `columns`.
+        subset, split: of a hub data set.
+
+    Raises:
+        UserError: nothing there, a file that cannot be read, or columns that belong to no known set.
+    """
+    known: SetFormat | None = None
+    for where, row in read_rows(source, subset=subset, split=split):
+        if known is None:
+            known = _named_columns(columns, kind) if columns else _known_format(set_name, where, row)
+        try:
+            problem = Problem.model_validate(known.fields(row))
+        except ValidationError as error:
+            yield BadProblem(where, explain(error))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the row is somebody else's data
+            why = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            yield BadProblem(where, f"no {known.name} problem: {why}")
+        else:
+            yield LocatedProblem(where, problem, known.instruction)
+
+
+def load_problems(path: str | Path, *, limit: int | None = None) -> list[Problem]:
+    """Read problems from a file, a folder, a known set (``"gsm8k"``) or a hub data set, as `read_located`.
+
+    What a configuration can ask for beyond that (other columns, exclusion, leaving out bad rows) is
+    `memento.sources.load`.
+
+    Args:
         limit: read at most this many.
 
     Raises:
-        UserError: no such file, a line that is not JSON, lacks a field or has an unknown one, or a repeated id. The
-            message names the file and the line.
+        UserError: no such file, a line that is not JSON, a row that lacks a field or has an unknown one, or a repeated
+            id. The message names the file and the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no problem file at {path}. `--problems` and `data.problems` take a JSONL file.")
     problems: list[Problem] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(problems) >= limit:
-                break
-            if line.strip():
-                problems.append(_parse_line(line, f"{path}, line {number}"))
+    for item in read_located(path):
+        if limit is not None and len(problems) >= limit:
+            break
+        if isinstance(item, BadProblem):
+            raise UserError(f"{item.where}: {item.why}.")
+        problems.append(with_instruction(item.problem, item.instruction))
     if not problems:
         raise UserError(f"{path} holds no problems.")
     repeated = [i for i, n in Counter(problem.id for problem in problems).items() if n > 1]
@@ -118,20 +168,40 @@ def load_problems(path: str | Path, *, limit: int | None = None) -> list[Problem
     return problems
 
 
+def with_instruction(problem: Problem, instruction: str) -> Problem:
+    """The problem with a sentence below its prompt; the problem itself where that is empty."""
+    if not instruction:
+        return problem
+    return problem.model_copy(update={"prompt": f"{problem.prompt.rstrip()}\n\n{instruction}"})
+
+
+def _known_format(set_name: str, where: str, row: Row) -> SetFormat:
+    if set_name != "auto":
+        return format_named(set_name, row)
+    known = recognise(row) or (format_named("problems", row) if "kind" in row else None)
+    if known is None:
+        raise UserError(
+            f"{where}: the columns {', '.join(map(str, row))} belong to no known problem set. Our own have id, kind, "
+            "prompt and answer or tests; others are named by `problems.set`, or their columns by `problems.columns`."
+        )
+    return known
+
+
+def _named_columns(columns: Mapping[str, str], kind: str) -> SetFormat:
+    def fields(row: Row) -> dict[str, object]:
+        prompt, answer = str(row[columns["prompt"]]), row[columns["answer"]]
+        own = row.get(columns["id"]) if "id" in columns else None
+        given = "" if answer is None else str(answer)
+        return {"id": str(own or digest(prompt)), "kind": kind, "prompt": prompt, "answer": given}
+
+    return SetFormat("columns", frozenset(columns.values()), fields)
+
+
 def save_problems(problems: Iterable[Problem], path: str | Path) -> None:
     """Write problems as JSONL, so that `load_problems` gives them back."""
     with Path(path).open("w", encoding="utf-8") as file:
         for problem in problems:
             file.write(problem.model_dump_json(exclude_defaults=True) + "\n")
-
-
-def _parse_line(line: str, where: str) -> Problem:
-    try:
-        return Problem.model_validate(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
-    except ValidationError as error:
-        raise UserError(f"{where}: {explain(error)}.") from error
 
 
 def explain(error: ValidationError) -> str:

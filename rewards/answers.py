@@ -11,6 +11,8 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
+from memento.boxed import last_boxed
+
 THINK_END = "</think>"
 
 LAST_EXPRESSION_WINDOW_CHARS = 4000
@@ -53,34 +55,6 @@ def find_answer(completion: str) -> Answer | None:
     if expression is not None:
         return Answer(expression, AnswerSource.LAST_EXPRESSION)
     return None
-
-
-_BOX_OR_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,200})")
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the closed, non-empty ``\boxed{...}`` that opens last. Braces nest; ``\{`` does not count.
-
-    ``\boxed{\boxed{3}}`` gives ``3``; a box cut off by the length limit is not an answer. Also ``\fbox{}`` and the
-    brace-less ``\boxed 3``.
-    """
-    open_braces: list[int | None] = []  # where the content of each open box starts; None for a plain brace
-    best: tuple[int, int] | None = None
-    for match in _BOX_OR_BRACE.finditer(text):
-        token = match.group()
-        if match["box"]:
-            open_braces.append(match.end())
-        elif token == "{":
-            open_braces.append(None)
-        elif token == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]) and text[start : match.start()].strip():
-                best = (start, match.start())
-    if best is not None:
-        return text[best[0] : best[1]].strip()
-    bare = [match[1].rstrip(".,;") for match in _BARE_BOX.finditer(text)]
-    return (bare[-1] or None) if bare else None
 
 
 _ANNOUNCED = re.compile(

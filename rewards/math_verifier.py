@@ -1,9 +1,9 @@
 r"""Mathematical equivalence by math-verify, run in a killable worker (see `memento.rewards.workers`).
 
-`score_math` runs in the caller's process and touches no SymPy; `compare` runs in the worker. The steps:
+`MathVerifier` runs in the caller's process and touches no SymPy; `compare` runs in the worker. The steps:
 
 1. The last answer is extracted first (`memento.rewards.answers`): math-verify reads several ``\boxed`` as one set.
-2. Equal as normalised strings: correct, no process needed.
+2. Equal as normalised strings, or both plain numbers: settled, no process needed.
 3. A gold that is words or a choice letter is *only* compared as a string: to SymPy "east" is e*a*s*t and equals "teas".
 4. Otherwise math-verify decides. What it cannot decide in time has no score: a timeout is not a wrong answer.
 """
@@ -11,15 +11,19 @@ r"""Mathematical equivalence by math-verify, run in a killable worker (see `meme
 from __future__ import annotations
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from memento.boxed import last_boxed
 from memento.errors import UserError
 from memento.problems import Problem
-from memento.rewards.answers import Answer, AnswerSource, find_answer, last_boxed
+from memento.rewards.answers import Answer, AnswerSource, find_answer
 from memento.rewards.choice import letter_of
-from memento.rewards.workers import Message, Status, WorkerPool
+from memento.rewards.workers import Message, Reply, Status, WorkerPool
 from memento.trajectory import Outcome, RewardResult
 
 if TYPE_CHECKING:
@@ -34,54 +38,89 @@ EXTRACTED_CHARS = 1000
 """How much of an answer the record keeps."""
 
 
-def score_math(problem: Problem, completion: str, pool: WorkerPool) -> RewardResult:
-    """Verify the final answer of a completion against ``problem.answer``.
+class Comparison(NamedTuple):
+    """What the worker says about a gold and an answer."""
 
-    Returns:
-        CORRECT (1), WRONG or UNPARSABLE (0), TIMEOUT or VERIFIER_ERROR (no score).
+    gold_parsed: bool
+    answer_parsed: bool
+    equal: bool
+
+
+class MathVerifier:
+    """Verifies answers in the workers of a pool, and remembers what it found.
+
+    In a group many samples give the same answer, and comparison depends on the two texts alone: so it is asked once.
+    Thread-safe. Only verdicts are remembered, never a timeout or an error.
     """
-    answer = find_answer(completion)
-    if answer is None:
-        return _verdict(Outcome.UNPARSABLE, None, "no answer found")
-    gold = gold_text(problem)
-    if normalise(gold) == normalise(answer.text):
-        return _verdict(Outcome.CORRECT, answer)
-    if is_words(gold):
-        same = letter_of(gold) is not None and letter_of(gold) == letter_of(answer.text)
-        return _verdict(Outcome.CORRECT if same else Outcome.WRONG, answer)
-    if len(gold) > MAX_EXPRESSION_CHARS or len(answer.text) > MAX_EXPRESSION_CHARS:
-        return _verdict(Outcome.WRONG, answer, f"longer than {MAX_EXPRESSION_CHARS} characters: compared as a string")
 
-    reply = pool.call({"gold": gold, "answer": answer.text, "boxed": answer.source is AnswerSource.BOXED})
-    if reply.status is Status.DONE:
-        if not reply.value["gold_parsed"]:
-            return _no_verdict(Outcome.VERIFIER_ERROR, answer, _unreadable_gold(problem))
-        if reply.value["equal"]:
+    def __init__(self, pool: WorkerPool, *, remember: int = 8192) -> None:
+        self._pool = pool
+        self._remember = remember
+        self._known: OrderedDict[tuple[str, str, bool], Comparison] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def score(self, problem: Problem, completion: str) -> RewardResult:
+        """Verify the final answer of a completion against ``problem.answer``.
+
+        Returns:
+            CORRECT (1), WRONG or UNPARSABLE (0), TIMEOUT or VERIFIER_ERROR (no score).
+        """
+        answer = find_answer(completion)
+        if answer is None:
+            return _verdict(Outcome.UNPARSABLE, None, "no answer found")
+        gold = gold_text(problem)
+        same = same_without_sympy(gold, answer.text)
+        if same is not None:
+            return _verdict(Outcome.CORRECT if same else Outcome.WRONG, answer)
+        if len(gold) > MAX_EXPRESSION_CHARS or len(answer.text) > MAX_EXPRESSION_CHARS:
+            detail = f"longer than {MAX_EXPRESSION_CHARS} characters: compared as a string"
+            return _verdict(Outcome.WRONG, answer, detail)
+        found = self._compare(gold, answer.text, answer.source is AnswerSource.BOXED)
+        if isinstance(found, Reply):
+            timeout = found.status in (Status.TIMEOUT, Status.OUT_OF_MEMORY)
+            return _no_verdict(Outcome.TIMEOUT if timeout else Outcome.VERIFIER_ERROR, answer, found.detail)
+        if found.equal:
             return _verdict(Outcome.CORRECT, answer)
-        if not reply.value["answer_parsed"]:
+        if not found.gold_parsed:
+            return _no_verdict(Outcome.VERIFIER_ERROR, answer, _unreadable_gold(problem))
+        if not found.answer_parsed:
             return _verdict(Outcome.UNPARSABLE, answer, "the answer is not an expression that can be read")
         return _verdict(Outcome.WRONG, answer)
-    if reply.status in (Status.TIMEOUT, Status.OUT_OF_MEMORY):
-        return _no_verdict(Outcome.TIMEOUT, answer, reply.detail)
-    return _no_verdict(Outcome.VERIFIER_ERROR, answer, reply.detail)
 
+    def check(self, problem: Problem) -> None:
+        """Fail on a gold that no answer could ever match.
 
-def check_math_gold(problem: Problem, pool: WorkerPool) -> None:
-    """Fail on a gold that no answer could ever match.
+        Raises:
+            UserError: naming the problem: the gold parses to nothing, or does not verify against itself in time.
+        """
+        gold = gold_text(problem)
+        if is_words(gold) or as_number(gold) is not None:
+            return
+        if len(gold) > MAX_EXPRESSION_CHARS:
+            raise UserError(f"problem {problem.id!r}: the answer is longer than {MAX_EXPRESSION_CHARS} characters.")
+        found = self._compare(gold, gold, True)
+        if isinstance(found, Reply):
+            raise UserError(f"problem {problem.id!r}: the answer {gold!r} cannot be verified ({found.detail}).")
+        if not found.gold_parsed:
+            raise UserError(_unreadable_gold(problem))
 
-    Raises:
-        UserError: naming the problem: the gold parses to nothing, or does not verify in time or at all.
-    """
-    gold = gold_text(problem)
-    if is_words(gold) or _PLAIN_NUMBER.fullmatch(gold):
-        return
-    if len(gold) > MAX_EXPRESSION_CHARS:
-        raise UserError(f"problem {problem.id!r}: the answer is longer than {MAX_EXPRESSION_CHARS} characters.")
-    reply = pool.call({"gold": gold, "answer": gold, "boxed": True})
-    if reply.status is not Status.DONE:
-        raise UserError(f"problem {problem.id!r}: the answer {gold!r} cannot be verified ({reply.detail}).")
-    if not reply.value["gold_parsed"]:
-        raise UserError(_unreadable_gold(problem))
+    def _compare(self, gold: str, answer: str, boxed: bool) -> Comparison | Reply:
+        """The comparison, remembered or made; a Reply where there is none."""
+        key = (gold, answer, boxed)
+        with self._lock:
+            known = self._known.get(key)
+            if known is not None:
+                self._known.move_to_end(key)
+                return known
+        reply = self._pool.call({"gold": gold, "answer": answer, "boxed": boxed})
+        if reply.status is not Status.DONE:
+            return reply
+        found = Comparison(**reply.value)
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > self._remember:
+                self._known.popitem(last=False)
+        return found
 
 
 def _unreadable_gold(problem: Problem) -> str:
@@ -91,7 +130,73 @@ def _unreadable_gold(problem: Problem) -> str:
     )
 
 
-_PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+−]?)(?:(?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d{1,40})?(?P<decimals>\.\d{1,40})?)"
+    r"(?:/(?P<under>\d{1,40}))?"
+)
+_FRACTION = re.compile(
+    r"(?P<sign>[-+−]?)\\[dt]?frac(?:\{(?P<over>-?\d{1,40})\}\{(?P<under>\d{1,40})\}|(?P<short>[ ]?\d[ ]?\d))"
+)
+
+
+class Number(NamedTuple):
+    """A number as it is written. `exact` says that no decimal point was used, so it is not rounded."""
+
+    value: Fraction
+    exact: bool
+
+
+def as_number(text: str) -> Number | None:
+    r"""An integer, decimal or fraction of integers, written plainly: ``-3``, ``1,234``, ``.5``, ``3/4``, ``\frac34``.
+
+    Anything else, and anything that could be read in two ways (``1 000``, ``0,5``, ``3\%``), gives None.
+    """
+    plain = text.strip().removesuffix(".").strip()
+    match = _FRACTION.fullmatch(plain)
+    if match:
+        over, under = match["over"], match["under"]
+        if match["short"]:
+            over, under = match["short"].replace(" ", "")
+        value, exact = (Fraction(int(over), int(under)) if int(under) else None), True
+    else:
+        match = _NUMBER.fullmatch(plain)
+        if not match or not (match["whole"] or match["decimals"]):
+            return None
+        digits = re.sub(r"\D", "", match["whole"] or "0")
+        exact = match["decimals"] is None
+        value = Fraction(digits + (match["decimals"] or ""))
+        if match["under"] is not None:
+            value = value / int(match["under"]) if int(match["under"]) else None
+    if value is None:
+        return None
+    return Number(-value if match["sign"] in ("-", "−") else value, exact)
+
+
+def same_number(gold: Number, answer: Number) -> bool:
+    """Whether two numbers are equal; a decimal may be rounded in its sixth place, as math-verify has it.
+
+    So 0.333333 is 1/3. But the difference must also be small against the numbers: 0.0000001 is not 0.0000002.
+    """
+    if gold.value == answer.value:
+        return True
+    if gold.exact and answer.exact:
+        return False
+    difference = abs(gold.value - answer.value)
+    return difference < Fraction(1, 10**6) and difference <= max(abs(gold.value), abs(answer.value)) / 500_000
+
+
+def same_without_sympy(gold: str, answer: str) -> bool | None:
+    """Whether an answer is right, where strings or plain numbers settle it; None where it takes mathematics."""
+    if normalise(gold) == normalise(answer):
+        return True
+    if is_words(gold):
+        return letter_of(gold) is not None and letter_of(gold) == letter_of(answer)
+    gold_number, answer_number = as_number(gold), as_number(answer)
+    if gold_number is not None and answer_number is not None:
+        return same_number(gold_number, answer_number)
+    return None
+
+
 _DOLLARS = re.compile(r"^\$+(.*?)\$+$", re.DOTALL)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[ ,;:!]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|~")
@@ -165,7 +270,7 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
         boxed: the answer stood in a box and is read as one formula; otherwise as text around a formula or number.
     """
     parse, verify = _math_verify()
-    golds = parse(f"\\boxed{{{gold}}}")
+    golds = _parsed_gold(gold)
     if not golds:
         return {"gold_parsed": False, "answer_parsed": False, "equal": False}
     answers = parse(f"\\boxed{{{answer}}}")
@@ -175,6 +280,13 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
     if not equal:
         _refuse_a_verdict_for_lack_of_memory()
     return {"gold_parsed": True, "answer_parsed": bool(answers), "equal": equal}
+
+
+@lru_cache(maxsize=1024)
+def _parsed_gold(gold: str) -> tuple[Basic, ...]:
+    """A gold is compared with every sample of its group, and parsing is half of the work."""
+    parse, _ = _math_verify()
+    return tuple(parse(f"\\boxed{{{gold}}}"))
 
 
 def warm_up() -> None:

@@ -144,14 +144,14 @@ BOMBS = [r"9^{9^{9^9}}", r"(10^9)!", r"2^{2^{40}}", r"\sum_{k=1}^{10^{9}} \frac{
 def test_bombs_time_out_in_seconds_and_the_next_job_is_served():
     scorer = Scorer(RewardsConfig(workers=2, timeout_s=2.0))
     try:
-        scorer.score(problem("x"), r"\boxed{y}")  # the worker is warm
+        scorer.score(problem("x"), r"\boxed{y}")  # a worker is warm
         start = time.monotonic()
         with ThreadPoolExecutor(4) as threads:
             results = list(threads.map(lambda bomb: scorer.score(problem("30"), f"\\boxed{{{bomb}}}"), BOMBS))
         assert time.monotonic() - start < 60
         assert [(result.outcome, result.score) for result in results] == [(Outcome.TIMEOUT, None)] * len(BOMBS)
         assert scorer.score(problem("x+1"), r"\boxed{1+x}").score == 1.0
-        assert scorer.worker_restarts == len(BOMBS)
+        assert scorer.worker_counts.restarts == scorer.worker_counts.timeouts == len(BOMBS)
     finally:
         scorer.close()
     assert scorer.worker_pids == []
@@ -161,7 +161,7 @@ def test_out_of_memory_is_no_verdict():
     # so little memory that importing leaves less than half free: every "not equal" becomes doubtful
     scorer = Scorer(RewardsConfig(workers=1, timeout_s=10, memory_limit_mib=200))
     try:
-        result = scorer.score(problem("30"), r"\boxed{31}")
+        result = scorer.score(problem("x"), r"\boxed{x+1}")
         assert result.score is None and result.outcome in (Outcome.TIMEOUT, Outcome.VERIFIER_ERROR)
     finally:
         scorer.close()

@@ -43,7 +43,7 @@ def test_every_misbehaviour_has_its_status(pool: WorkerPool, tmp_path: Path):
     assert "signal 9" in dead.detail
     revived = pool.call({"what": "die once", "flag": str(tmp_path / "flag")})
     assert (revived.status, revived.value, revived.attempts) == (Status.DONE, {"survived": True}, 2)
-    assert pool.restarts == 4
+    assert (pool.counts.restarts, pool.counts.retries, pool.counts.timeouts) == (5, 2, 1)
 
     last = pool.call({"what": "nothing"}).value["pid"]
     assert last != first.value["pid"]

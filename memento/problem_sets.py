@@ -1,0 +1,623 @@
+r"""Public problem sets: where they are, and how their columns become `Problem`s.
+
+    read_rows("gsm8k")                       the hub, by the name of a known set
+    read_rows("openai/gsm8k", split="train") the hub, by id
+    read_rows("data/math/")                  a folder of JSONL, JSON, Parquet or CSV
+    read_rows("aime.parquet")                a file
+
+A row becomes a problem by the set it belongs to, which its columns give away (`recognise`). A new set is one function
+from a row to the fields of a `Problem`, and one line in `FORMATS`. Rows keep the place they came from, so that every
+complaint names a file and a line.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memento.boxed import last_boxed
+from memento.errors import UserError
+
+Row = Mapping[str, Any]
+Fields = dict[str, Any]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+BOXED = "Reason step by step, and put the final answer within \\boxed{}."
+LETTER = "Reason step by step, and put the letter of the right choice within \\boxed{}."
+PROGRAM = "Answer with one complete Python program in a ```python fence."
+LETTERS = "ABCDEFGHIJ"
+
+
+class BadRow(ValueError):
+    """A row that is no problem. The message says why, without the place."""
+
+
+class Located(NamedTuple):
+    """A row, and where it stands: ``train.jsonl, line 3``."""
+
+    where: str
+    row: Row
+
+
+# ---------------------------------------------------------------------------------------------- columns -> fields
+
+
+def digest(text: str) -> str:
+    """Eight hex bytes of a text: an id for rows that have none, the same wherever the row stands."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def _text(row: Row, *columns: str) -> str:
+    """The first of these columns that holds something, as text."""
+    for column in columns:
+        value = row.get(column)
+        if value is not None and str(value).strip():
+            return str(value)
+    raise BadRow(f"no {' or '.join(columns)}")
+
+
+def _id(row: Row, name: str, prompt: str, *columns: str) -> str:
+    own = next((str(row[c]) for c in columns if row.get(c) not in (None, "")), None)
+    return f"{name}/{own if own is not None else digest(prompt)}"
+
+
+def _rest(row: Row, *columns: str) -> Fields:
+    """Short columns that say more about a problem, for its metadata."""
+    return {c: row[c] for c in columns if isinstance(row.get(c), str | int | float) and row[c] != ""}
+
+
+def _gsm8k(row: Row) -> Fields:
+    """``question``, ``answer``: a worked solution with the number after ``####``."""
+    prompt, solution = _text(row, "question"), _text(row, "answer")
+    _, mark, answer = solution.rpartition("####")
+    if not mark or not answer.strip():
+        raise BadRow("the answer has no number after ####")
+    return {
+        "id": _id(row, "gsm8k", prompt, "id"),
+        "kind": "math",
+        "prompt": prompt,
+        "answer": answer.strip(),
+        "source": "gsm8k",
+    }
+
+
+def _competition(name: str) -> Callable[[Row], Fields]:
+    """``problem`` and ``answer``; without an answer, the last box of ``solution``. Capitalised columns too."""
+
+    def fields(row: Row) -> Fields:
+        prompt = _text(row, "problem", "Problem", "question", "Question")
+        try:
+            answer = _text(row, "answer", "Answer", "expected_answer")
+        except BadRow:
+            answer = last_boxed(_text(row, "solution", "Solution")) or ""
+        if not answer.strip():
+            raise BadRow("no answer, and no \\boxed{} in the solution")
+        known = ("level", "subject", "type", "year", "url", "competition", "problem_type", "difficulty", "domain")
+        return {
+            "id": _id(row, name, prompt, "unique_id", "problem_idx", "id", "ID"),
+            "kind": "math",
+            "prompt": prompt,
+            "answer": answer,
+            "source": name,
+            "metadata": _rest(row, *known),
+        }
+
+    return fields
+
+
+def _openmementos(row: Row) -> Fields:
+    """``problem``, ``response``: a trace whose last box is the answer. Code and science rows often have none."""
+    prompt, response = _text(row, "problem"), _text(row, "response")
+    answer = last_boxed(response.rpartition("</think>")[2])
+    if answer is None:
+        raise BadRow("the response has no \\boxed{} after its thinking, so there is nothing to verify")
+    return {
+        "id": _id(row, "openmementos", prompt, "id"),
+        "kind": "math",
+        "prompt": prompt,
+        "answer": answer,
+        "source": "openmementos",
+        "metadata": _rest(row, "domain", "source", "difficulty"),
+    }
+
+
+def _conversation(value: object) -> str:
+    """The one user turn of a chat, or the text itself."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        turns = [t for t in value if isinstance(t, Mapping)]
+        users = [str(t.get("content", "")) for t in turns if t.get("role") == "user"]
+        if len(users) == 1 and users[0].strip():
+            return users[0]
+        raise BadRow(f"a chat with {len(users)} user turns; a problem is one")
+    raise BadRow("no prompt")
+
+
+def _single(value: object) -> str:
+    """One answer: a string, a number, a list of one, or JSON of these."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        try:
+            decoded = json.loads(value)
+        except json.JSONDecodeError:
+            return value  # an interval, not a list
+        # [0, 1] is an interval as well; only a list of strings, or of one thing, is a wrapping
+        wraps = isinstance(decoded, list) and (len(decoded) == 1 or all(isinstance(v, str) for v in decoded))
+        return _single(decoded) if wraps else value
+    if isinstance(value, list | tuple):
+        answers = list(dict.fromkeys(str(v).strip() for v in value if v is not None and str(v).strip()))
+        if len(answers) != 1:
+            raise BadRow(f"{len(answers)} different answers; a problem has one")
+        return _single(answers[0]) if answers[0][:1] == "[" else answers[0]
+    if value is None or not str(value).strip():
+        raise BadRow("no answer")
+    return str(value)
+
+
+def _dolci(row: Row) -> Fields:
+    """DolciMath and other RLVR sets of Ai2: ``prompt`` or ``messages``, ``ground_truth``, ``dataset``."""
+    kinds = row.get("dataset")
+    kind = str(kinds[0] if isinstance(kinds, list | tuple) and kinds else kinds or "math").lower()
+    if not any(word in kind for word in ("math", "gsm8k", "aime")):
+        raise BadRow(f"a problem of the kind {kind!r}, for which there is no verifier here")
+    prompt = _conversation(row.get("prompt") or row.get("messages"))
+    return {
+        "id": _id(row, "dolci", prompt, "id", "custom_id"),
+        "kind": "math",
+        "prompt": re.sub(r"\A\s*(?i:user:)\s*", "", prompt),
+        "answer": _single(row.get("ground_truth")),
+        "source": "dolci",
+        "metadata": _rest(row, "original_dataset", "dataset_source"),
+    }
+
+
+def _verl(row: Row) -> Fields:
+    """Parquet as verl takes it: ``prompt`` as a chat, ``reward_model.ground_truth``, ``data_source``."""
+    judge = row["reward_model"]
+    if not isinstance(judge, Mapping):
+        raise BadRow("reward_model is no mapping")
+    source = str(row["data_source"])
+    prompt = _conversation(row["prompt"])
+    extra = row.get("extra_info")
+    index = extra.get("index") if isinstance(extra, Mapping) else None
+    return {
+        "id": f"{source}/{index if index not in (None, '') else digest(prompt)}",
+        "kind": "math",
+        "prompt": prompt,
+        "answer": _single(judge.get("ground_truth")),
+        "source": source,
+    }
+
+
+def _choices(name: str, own: str, question: str, options: Sequence[str], right: int) -> Fields:
+    if not 2 <= len(options) <= len(LETTERS):
+        raise BadRow(f"{len(options)} choices; 2 to {len(LETTERS)} can be lettered")
+    if not 0 <= right < len(options):
+        raise BadRow(f"the answer is choice {right} of {len(options)}")
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return {
+        "id": f"{name}/{own}",
+        "kind": "choice",
+        "prompt": f"{question.strip()}\n\n{listed}",
+        "answer": LETTERS[right],
+        "source": name,
+    }
+
+
+def _gpqa(row: Row) -> Fields:
+    """``Question``, ``Correct Answer``, ``Incorrect Answer 1..3``: shuffled by the question, the same in every run."""
+    question = _text(row, "Question")
+    right = _text(row, "Correct Answer").strip()
+    options = [right, *(_text(row, f"Incorrect Answer {n}").strip() for n in (1, 2, 3))]
+    own = str(row.get("Record ID") or digest(question))
+    random.Random(own).shuffle(options)
+    fields = _choices("gpqa", own, question, options, options.index(right))
+    return fields | {"metadata": _rest(row, "High-level domain", "Subdomain")}
+
+
+def _mmlu(row: Row) -> Fields:
+    """MMLU (``choices``, ``answer`` as an index) and MMLU-Pro (``options``, ``answer_index``)."""
+    question = _text(row, "question")
+    options = row.get("options") or row.get("choices")
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise BadRow("no list of choices")
+    index = row.get("answer_index", row.get("answer"))
+    right = LETTERS.find(index) if isinstance(index, str) and len(index) == 1 and index.isalpha() else index
+    if not str(right).lstrip("-").isdigit():
+        raise BadRow(f"the answer {index!r} is no index")
+    own = str(row.get("question_id") or digest(question + "".join(map(str, options))))
+    fields = _choices("mmlu", own, question, [str(o) for o in options], int(str(right)))
+    return fields | {"metadata": _rest(row, "subject", "category")}
+
+
+def _human_eval(row: Row) -> Fields:
+    """``prompt`` (a stub), ``test`` (a function ``check``), ``entry_point``."""
+    name, stub = _text(row, "entry_point"), _text(row, "prompt")
+    return {
+        "id": _text(row, "task_id"),
+        "kind": "code",
+        "prompt": f"Complete this Python function. {PROGRAM}\n\n```python\n{stub.rstrip()}\n```",
+        "tests": [{"program": f"{_text(row, 'test').rstrip()}\n\ncheck({name})\n"}],
+        "entry_point": name,
+        "source": "humaneval",
+    }
+
+
+def _mbpp(row: Row) -> Fields:
+    """``text`` or ``prompt``, ``test_list`` (assert statements), ``test_setup_code`` or ``test_imports``."""
+    tests = row["test_list"]
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+        raise BadRow("no test_list")
+    imports = row.get("test_imports")
+    setup = "\n".join(map(str, imports)) if isinstance(imports, Sequence) and not isinstance(imports, str) else ""
+    setup = setup or str(row.get("test_setup_code") or "")
+    defined = set(re.findall(r"^def\s+(\w+)", str(row.get("code", "")), re.MULTILINE))
+    called = [name for test in tests for name in _names_called(str(test))]
+    name = next((n for n in called if n in defined), None) or (called[0] if called else None)
+    if name is None:
+        raise BadRow("its tests call no function")
+    shown = "\n".join(str(test) for test in tests)
+    return {
+        "id": f"mbpp/{_text(row, 'task_id')}",
+        "kind": "code",
+        "prompt": f"{_text(row, 'prompt', 'text').strip()} {PROGRAM} It must pass these tests:\n\n{shown}",
+        "tests": [{"program": f"{setup}\n{test}\n".lstrip()} for test in tests],
+        "entry_point": name,
+        "source": "mbpp",
+    }
+
+
+def _names_called(assertion: str) -> list[str]:
+    """Functions that an assert statement calls, outermost first, builtins left out."""
+    builtins = {"set", "sorted", "list", "tuple", "len", "abs", "round", "sum", "str", "int", "float", "bool", "dict"}
+    return [n for n in re.findall(r"\b([A-Za-z_]\w*)\(", assertion) if n not in builtins | {"isclose", "math"}]
+
+
+class _OnlyText(pickle.Unpickler):
+    """Reads a pickled string and nothing else: a pickle that names a class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise BadRow(f"its hidden tests are a pickle that asks for {module}.{name}")
+
+
+def _hidden_tests(packed: str) -> Any:
+    """LiveCodeBench's ``private_test_cases``: JSON, or JSON in a pickle in zlib in base64."""
+    if not packed.strip():
+        return []
+    try:
+        return json.loads(packed)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return json.loads(_OnlyText(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load())
+    except (ValueError, TypeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(f"its hidden tests cannot be unpacked ({type(error).__name__})") from error
+
+
+def _livecodebench(row: Row) -> Fields:
+    """``question_content``, ``public_test_cases``, ``private_test_cases``, ``starter_code``, ``metadata``."""
+    tests = [*_hidden_tests(_text(row, "public_test_cases")), *_hidden_tests(str(row.get("private_test_cases") or ""))]
+    starter = str(row.get("starter_code") or "")
+    metadata = row.get("metadata") or {}
+    name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
+    functional = any(test.get("testtype") == "functional" for test in tests)
+    if functional and not name:
+        raise BadRow("function-call tests without metadata.func_name")
+    ask = f"Write it into this class:\n\n```python\n{starter.rstrip()}\n```\n\n" if starter else "Read stdin, print. "
+    return {
+        "id": f"livecodebench/{_text(row, 'question_id')}",
+        "kind": "code",
+        "prompt": f"{_text(row, 'question_content').strip()}\n\n{ask}{PROGRAM}",
+        "tests": [_livecodebench_test(test) for test in tests],
+        "entry_point": _method(starter, name) if functional else None,
+        "source": "livecodebench",
+        "metadata": _rest(row, "difficulty", "platform", "contest_date"),
+    }
+
+
+def _livecodebench_test(test: Row) -> Fields:
+    if test.get("testtype") != "functional":
+        return {"input": test["input"], "output": test["output"]}
+    try:
+        args = [json.loads(line) for line in str(test["input"]).split("\n") if line.strip()]
+        return {"args": args, "expected": json.loads(test["output"])}
+    except json.JSONDecodeError as error:
+        raise BadRow(f"a function-call test that is not JSON ({error.msg})") from error
+
+
+def _method(starter: str, name: str) -> str:
+    """``Solution.name`` where the starter code has that class, else ``name``."""
+    return f"Solution.{name}" if re.search(r"^class\s+Solution\b", starter, re.MULTILINE) else name
+
+
+def _taco(row: Row) -> Fields:
+    """APPS and TACO: ``question``, ``input_output`` (JSON: ``inputs``, ``outputs``, perhaps ``fn_name``)."""
+    packed = row["input_output"]
+    try:
+        tests = json.loads(packed) if isinstance(packed, str) else packed
+    except json.JSONDecodeError as error:
+        raise BadRow(f"input_output is not JSON ({error.msg})") from error
+    inputs, outputs = (tests or {}).get("inputs") or [], (tests or {}).get("outputs") or []
+    if not inputs or len(inputs) != len(outputs):
+        raise BadRow(f"{len(inputs)} inputs and {len(outputs)} outputs")
+    prompt, starter, name = _text(row, "question"), str(row.get("starter_code") or ""), tests.get("fn_name")
+    ask = f"Start from:\n\n```python\n{starter.rstrip()}\n```\n\n" if starter else ""
+    pairs = zip(inputs, outputs, strict=True)
+    return {
+        "id": _id(row, "taco", prompt, "problem_id", "id"),
+        "kind": "code",
+        "prompt": f"{prompt.strip()}\n\n{ask}{PROGRAM}",
+        "tests": [
+            {"args": i, "expected": o[0] if isinstance(o, list) and len(o) == 1 else o}
+            if name
+            else {"input": _joined(i), "output": _joined(o)}
+            for i, o in pairs
+        ],
+        "entry_point": _method(starter, name) if name else None,
+        "source": "taco",
+        "metadata": _rest(row, "difficulty"),
+    }
+
+
+def _joined(lines: object) -> str:
+    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class SetFormat:
+    """How the rows of one kind of set become problems.
+
+    Attributes:
+        columns: a row that has all of these is taken for one of this set, unless an earlier format wants it.
+        instruction: put below every prompt, unless the caller says otherwise.
+    """
+
+    name: str
+    columns: frozenset[str]
+    fields: Callable[[Row], Fields]
+    instruction: str = ""
+
+
+def _format(name: str, columns: str, fields: Callable[[Row], Fields], instruction: str = "") -> SetFormat:
+    return SetFormat(name, frozenset(columns.split("|")), fields, instruction)
+
+
+FORMATS: tuple[SetFormat, ...] = (
+    _format("problems", "id|kind|prompt", dict),
+    _format("humaneval", "task_id|prompt|test|entry_point", _human_eval),
+    _format("mbpp", "task_id|test_list", _mbpp),
+    _format("livecodebench", "question_id|question_content|public_test_cases", _livecodebench),
+    _format("taco", "question|input_output", _taco),
+    _format("gpqa", "Question|Correct Answer|Incorrect Answer 1", _gpqa, LETTER),
+    _format("mmlu", "question|options|answer_index", _mmlu, LETTER),
+    _format("mmlu", "question|choices|answer", _mmlu, LETTER),
+    _format("openmementos", "problem|response", _openmementos, BOXED),
+    _format("matharena", "problem_idx|problem|answer", _competition("matharena"), BOXED),
+    _format("verl", "data_source|prompt|reward_model", _verl),
+    _format("dolci", "ground_truth|messages", _dolci, BOXED),
+    _format("dolci", "ground_truth|prompt", _dolci, BOXED),
+    _format("math", "problem|solution|level", _competition("math"), BOXED),
+    _format("aime", "problem|answer", _competition("aime"), BOXED),
+    _format("aime", "Problem|Answer", _competition("aime"), BOXED),
+    _format("math", "problem|solution", _competition("math"), BOXED),
+    _format("gsm8k", "question|answer", _gsm8k, BOXED),
+)
+"""In the order in which a row is tried. Several formats may have one name: the same set under other columns."""
+
+
+class HubSet(NamedTuple):
+    """Where a known set lies on the Hugging Face hub."""
+
+    id: str
+    subset: str | None
+    split: str
+    files: tuple[str, ...] = ()
+    """Files to read instead of the set's own loader (a set that has only a loading script)."""
+
+
+HUB: dict[str, HubSet] = {
+    "gsm8k": HubSet("openai/gsm8k", "main", "test"),
+    "math500": HubSet("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": HubSet("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": HubSet("MathArena/aime_2025", None, "train"),
+    "aime26": HubSet("MathArena/aime_2026", None, "train"),
+    "hmmt25": HubSet("MathArena/hmmt_feb_2025", None, "train"),
+    "gpqa": HubSet("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "humaneval": HubSet("openai/openai_humaneval", None, "test"),
+    "mbpp": HubSet("google-research-datasets/mbpp", "sanitized", "test"),
+    "livecodebench": HubSet("livecodebench/code_generation_lite", None, "train", ("test6.jsonl",)),
+    "openmementos": HubSet("microsoft/OpenMementos", None, "train"),
+    "dolcimath": HubSet("allenai/Dolci-RL-Zero-Math-7B", None, "train"),
+}
+"""Known sets by name. `subset` and `split` are what is taken where the config names none."""
+
+
+def recognise(row: Row) -> SetFormat | None:
+    """The format whose columns a row has; None if no known set looks like that."""
+    for known in FORMATS:
+        if known.columns <= row.keys():
+            if known.name == "gsm8k" and "####" not in str(row["answer"]):
+                return _format("qa", "question|answer", _competition("qa"), BOXED)
+            return known
+    return None
+
+
+def format_named(name: str, row: Row) -> SetFormat:
+    """The format of this name that fits a row best.
+
+    Raises:
+        UserError: no set has that name.
+    """
+    named = [known for known in FORMATS if known.name == name]
+    if not named:
+        names = ", ".join(sorted({known.name for known in FORMATS}))
+        raise UserError(f"there is no problem set called {name!r}. Known: {names}; or give `columns`.")
+    return next((known for known in named if known.columns <= row.keys()), named[0])
+
+
+# ---------------------------------------------------------------------------------------------- places -> rows
+
+
+def read_rows(source: Path | str, *, subset: str | None = None, split: str | None = None) -> Iterator[Located]:
+    """The rows of a file, a folder, a known set or a hub data set, each with its place.
+
+    Args:
+        source: where to look, in this order: a path that exists, the name of a known set, a hub id.
+        subset: configuration of a hub data set.
+        split: split of a hub data set, or files of a folder whose names begin with it.
+
+    Raises:
+        UserError: nothing there, nothing that can be read, or several splits and none chosen.
+    """
+    path = Path(source)
+    if path.is_file():
+        yield from _read_file(path)
+    elif path.is_dir():
+        for file in _files_of(path, split):
+            yield from _read_file(file)
+    elif str(source) in HUB:
+        known = HUB[str(source)]
+        yield from _read_hub(known._replace(subset=subset or known.subset, split=split or known.split))
+    elif HUB_ID.fullmatch(str(source)) and not path.suffix:
+        known = next((k for k in HUB.values() if k.id == str(source)), None) or HubSet(str(source), None, "")
+        yield from _read_hub(known._replace(subset=subset or known.subset, split=split or known.split))
+    else:
+        raise UserError(
+            f"no problem file at {source}. Problems come from a file ({', '.join(SUFFIXES)}), a folder of them, a "
+            f"known set ({', '.join(HUB)}) or a hub id (organisation/name)."
+        )
+
+
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z])")
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
+    if not files:
+        raise UserError(f"{folder} holds no problem file ({', '.join(SUFFIXES)}).")
+    if split is not None:
+        chosen = [f for f in files if f.name.startswith(split) or split in f.relative_to(folder).parts[:-1]]
+        if not chosen:
+            raise UserError(f"{folder} holds no file of the split {split!r}: {', '.join(f.name for f in files[:8])}.")
+        return chosen
+    splits = sorted({match[1] for f in files if (match := _SPLIT.match(f.name))})
+    if len(splits) > 1:
+        raise UserError(f"{folder} holds the splits {', '.join(splits)}; choose one with `split`.")
+    return files
+
+
+def _read_file(path: Path) -> Iterator[Located]:
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _read_parquet(path)
+        elif path.name.endswith((".csv", ".tsv")):
+            yield from _read_csv(path)
+        elif path.name.endswith(".json"):
+            yield from _read_json(path)
+        else:
+            yield from _read_jsonl(path)
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as {path.suffix or 'JSONL'}: {error}.") from error
+
+
+def _row(value: object, where: str) -> Located:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a problem is an object with named fields, this is {str(value)[:60]!r}.")
+    return Located(where, value)
+
+
+def _read_jsonl(path: Path) -> Iterator[Located]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                says = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+                raise UserError(f"{where}: not JSON ({says}).") from error
+            yield _row(value, where)
+
+
+def _read_json(path: Path) -> Iterator[Located]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}). One object a line is JSONL: call it .jsonl.") from error
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        value = lists[0] if len(lists) == 1 else list(value.values())
+    if not isinstance(value, list):
+        raise UserError(f"{path}: expected a list of objects.")
+    for number, row in enumerate(value, 1):
+        yield _row(row, f"{path}, entry {number}")
+
+
+def _read_csv(path: Path) -> Iterator[Located]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        try:
+            for row in reader:
+                yield Located(f"{path}, line {reader.line_num}", {k: v for k, v in row.items() if k is not None})
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Located]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow, which comes with memento-rl[cpu].") from error
+    try:
+        number = 0
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _row(row, f"{path}, row {number}")
+    except ArrowException as error:
+        raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from error
+
+
+def _read_hub(known: HubSet) -> Iterator[Located]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{known.id}: reading the hub needs `datasets`, which comes with memento-rl[cpu].") from error
+    where = "/".join(filter(None, (known.id, known.subset)))
+    try:
+        if known.files:
+            files = [f"hf://datasets/{known.id}/{file}" for file in known.files]
+            loaded = datasets.load_dataset("json", data_files=files, split="train")
+        else:
+            loaded = datasets.load_dataset(known.id, known.subset, split=known.split or None)
+    except Exception as error:  # network, licence gate, no such set, a split that is not there: all end the same way
+        raise UserError(
+            f"the hub data set {where} cannot be loaded: {str(error).strip().splitlines()[0][:300]} Without a network, "
+            "give a file or folder that was downloaded before."
+        ) from error
+    if isinstance(loaded, dict):
+        if len(loaded) > 1:
+            raise UserError(f"the hub data set {where} has the splits {', '.join(loaded)}; choose one with `split`.")
+        loaded = next(iter(loaded.values()))
+    for number, row in enumerate(loaded, 1):
+        yield _row(row, f"{where}, row {number}")
