@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import memento
-from memento.errors import UserError
+from memento.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,6 +112,57 @@ def rl(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) 
     from memento.rl.train import main as train
 
     raise typer.Exit(train(_argv(config, overrides, resume)))
+
+
+@app.command()
+def replay(
+    config: ConfigFile,
+    rollouts: Annotated[Path, typer.Option("--rollouts", help="Scored groups, e.g. a run's rollouts.jsonl.")],
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> None:
+    """Train on recorded rollouts, with no engine: the learner alone.
+
+    A run's own rollouts, on the model it started from, give its losses again.
+
+    Example: `memento replay runs/rl/config.yaml --rollouts runs/rl/rollouts.jsonl out=runs/again`
+    """
+    from memento.rl.replay import replay as train
+
+    train(_rl_config(config, overrides), rollouts, resume=resume)
+
+
+@app.command()
+def record(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """The rollouts and rewards of an RL run without its learner, for `memento replay`.
+
+    Example: `memento record configs/rl/quickstart.yaml model=runs/quickstart/stage2/hf out=runs/recorded steps=4`
+    """
+    from memento.rl.replay import record as run
+
+    run(_rl_config(config, overrides), resume=resume)
+
+
+@app.command()
+def drift(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many.")] = 3,
+) -> None:
+    """The whole loop at learning rate 0: no weight may move, and engine and learner must agree. Exit code 1 if not.
+
+    Example: `memento drift configs/rl/quickstart.yaml model=runs/quickstart/stage2/hf out=runs/drift groups_per_step=4`
+    """
+    from memento.rl.replay import drift as check
+    from memento.rl.replay import drift_table
+
+    report = check(_rl_config(config, overrides), steps)
+    for line in drift_table(report):
+        typer.echo(line)
+    for fault in report.faults:
+        typer.echo(f"failed: {fault}", err=True)
+    if report.faults:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -352,6 +403,15 @@ def _argv(config: Path, overrides: Sequence[str] | None, resume: bool) -> list[s
     return [str(config), *(overrides or ()), *(["--resume"] if resume else [])]
 
 
+def _rl_config(file: Path, overrides: Sequence[str] | None) -> RlConfig:
+    from memento.config import RlConfig, load_config
+
+    config = load_config(file, overrides or ())
+    if not isinstance(config, RlConfig):
+        raise UserError(f"{file} describes a {config.kind} run, and this command takes an RL run.")
+    return config
+
+
 def _refuse_existing(out: Path | None) -> None:
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten; choose another --out.")
@@ -424,6 +484,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cause = getattr(error, "cause", None)
         typer.echo(f"error: {cause if isinstance(cause, UserError) else error}", err=True)
         sys.exit(2)
+    except RunFailed as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

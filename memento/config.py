@@ -335,6 +335,16 @@ class AlgorithmConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """A low-rank adapter (PEFT). Engines and exports get the merged weights; the reference is the model without it."""
+
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=64.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers, e.g. q_proj. Empty: all but the output head."""
+
+
 class LearnerConfig(Section):
     """The DeepSpeed learner."""
 
@@ -345,7 +355,8 @@ class LearnerConfig(Section):
     """CPU cores reserved for one rank; also its torch threads."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    lr: float = Field(default=1e-6, gt=0)
+    lr: float = Field(default=1e-6, ge=0)
+    """0 trains nothing: what `memento drift` uses."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -360,6 +371,13 @@ class LearnerConfig(Section):
     logprob_chunk_tokens: int = Field(default=4096, gt=0)
     """Rows of logits that exist at once."""
     offload_optimizer: bool = False
+    """The optimiser's states, and the step itself, in host memory."""
+    offload_parameters: bool = False
+    """Parameters lie in host memory until a layer needs them. With zero_stage 3."""
+    offload_reference: bool = False
+    """A reference model lies in host memory, and comes to the device once a step for its forward pass."""
+    lora: LoraConfig | None = None
+    """Train an adapter in place of the weights. null: all weights."""
     start_timeout_s: float = Field(default=600, gt=0)
     step_timeout_s: float = Field(default=7200, gt=0)
 
@@ -370,6 +388,10 @@ class LearnerConfig(Section):
                 "zero_stage 0 adds up gradients of microbatches in bfloat16, so the packing would change the result. "
                 "Use zero_stage 1 (on one rank it costs nothing) or dtype float32"
             )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3: without ZeRO nothing can be offloaded")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, which splits them; this is {self.zero_stage}")
         return self
 
 
@@ -397,6 +419,8 @@ class CheckpointConfig(Section):
     interval: int = Field(default=25, gt=0)
     keep: int = Field(default=2, gt=0)
     """How many of the newest checkpoints stay."""
+    keep_best: bool = False
+    """Also write a checkpoint when an evaluation is better than all before it, and keep the best one."""
 
 
 class TrackingConfig(Section):
@@ -415,6 +439,8 @@ class RlConfig(Section):
     """The run folder. A non-empty one is refused unless the run is resumed."""
     model: Path | str
     """Hugging Face folder or hub id, from SFT stage 2: its tokenizer holds the four delimiters."""
+    reference: Path | str | None = None
+    """The model that `algorithm.kl_coef` holds the policy to. null: `model`, where the run started."""
     problems: ProblemsConfig
     seed: int = 0
     steps: int = Field(default=350, gt=0)
@@ -426,6 +452,8 @@ class RlConfig(Section):
     """Steps by which rollouts may be older than the weights they train. 0: on-policy; n: rollouts run ahead."""
     save_rollouts: Literal["all", "sample", "none"] = "all"
     """What goes to rollouts.jsonl each step: every group, the first one, or nothing."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a window that torch's profiler records: OUT/profile/rank-R.json.gz, a trace a rank."""
     format: FormatConfig = FormatConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -449,6 +477,10 @@ class RlConfig(Section):
             raise ValueError("group_size 1 leaves no other completion for advantage_baseline: leave_one_out")
         if self.group_size == 1 and self.algorithm.dynamic_sampling:
             raise ValueError("dynamic_sampling drops groups of equal scores, and with group_size 1 every group is one")
+        if self.reference is not None and self.algorithm.kl_coef == 0:
+            raise ValueError("reference is read by a KL penalty, and algorithm.kl_coef is 0")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps {list(self.profile_steps)}: steps count from 1, and the first comes first")
         if self.algorithm.overlong_buffer_tokens > self.sampling.max_tokens:
             raise ValueError(
                 f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) is more than "

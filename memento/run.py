@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import yaml
 from rich.console import Console
@@ -67,8 +67,19 @@ PACKAGES = (
 )
 """What environment.json names the versions of."""
 
-MAY_DIFFER = ("out", "steps", "tracking", "eval", "checkpoint")
-"""Keys of a config that may change on resume: none of them touches what has been trained so far."""
+MAY_DIFFER = (
+    "out",
+    "steps",
+    "tracking",
+    "eval",
+    "checkpoint",
+    "profile_steps",
+    "learner.ranks",
+    "learner.cpus",
+    "rollout.engines",
+    "rollout.cpus",
+)
+"""Keys of a config that may change on resume: none of them touches what has been trained so far, or what is sampled."""
 
 HEADLINE: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward/mean", ".3f"),
@@ -223,7 +234,7 @@ class Run:
         """Whether SIGINT or SIGTERM has arrived: save a checkpoint, then call `stop`."""
         return self._signal is not None
 
-    def stop(self) -> None:
+    def stop(self) -> NoReturn:
         """End a run that is `stopping`: say how to go on, and raise `RunStopped`."""
         number = self._signal or signal.SIGTERM
         name = signal.Signals(number).name
@@ -356,9 +367,9 @@ def _make_folder(folder: Path, config: Config, environment: dict[str, Any]) -> N
 
 def _check_same(config: Config, folder: Path) -> None:
     before, now = load_run_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
-    for key in MAY_DIFFER:
-        before.pop(key, None)
-        now.pop(key, None)
+    for section, _, key in (name.rpartition(".") for name in MAY_DIFFER):
+        for tree in (before, now):
+            (tree.get(section, {}) if section else tree).pop(key, None)
     changed = _differences(before, now)
     if changed:
         raise UserError(

@@ -15,10 +15,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
@@ -26,9 +26,14 @@ from memento.errors import UserError
 from memento.problems import Record
 from memento.trajectory import RolloutRequest
 
+if TYPE_CHECKING:
+    from memento.rl.window import GroupWindow, ProblemStream
+
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+UNIVERSAL = ".universal-"
+"""Prefix of the folder that holds a checkpoint's universal form while it is loaded."""
 _ASIDE, _OLD = ".writing-", ".removing-"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 
@@ -40,7 +45,8 @@ class RunState(Record):
         step: steps that are done; the next one has this index.
         cursor: problems handed out so far, over all epochs.
         pending: groups admitted but not trained yet, in order; they are generated again.
-        best_metric: best evaluation so far, if there was one.
+        best_metric: best held-out accuracy so far, if there was an evaluation.
+        best_step: the step after which it was.
         wandb_id: of the W&B run, to continue its curves.
     """
 
@@ -48,7 +54,19 @@ class RunState(Record):
     cursor: int = 0
     pending: tuple[RolloutRequest, ...] = ()
     best_metric: float | None = None
+    best_step: int | None = None
     wandb_id: str | None = None
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> RunState:
+        """With the evaluation among a step's metrics, should there be one and should it be the best so far."""
+        accuracy = metrics.get("eval/accuracy")
+        if accuracy is None or (self.best_metric is not None and accuracy <= self.best_metric):
+            return self
+        return self.model_copy(update={"best_metric": accuracy, "best_step": step})
+
+    def at(self, step: int, stream: ProblemStream, window: GroupWindow) -> RunState:
+        """Where the loop stands after `step` steps."""
+        return self.model_copy(update={"step": step, "cursor": stream.cursor, "pending": tuple(window.pending())})
 
 
 class Saver(Protocol):
@@ -57,8 +75,12 @@ class Saver(Protocol):
     def save(self, folder: str | Path) -> None: ...
 
 
-def save_checkpoint(run_folder: Path | str, state: RunState, learner: Saver, *, keep: int) -> Path:
+def save_checkpoint(
+    run_folder: Path | str, state: RunState, learner: Saver, *, keep: int, keep_best: bool = False
+) -> Path:
     """Write ``checkpoints/step-<state.step>``; then remove all but the newest `keep`.
+
+    With `keep_best` that of ``state.best_step`` stays too, where there is one.
 
     A checkpoint of the same step that is there already is replaced.
 
@@ -67,7 +89,7 @@ def save_checkpoint(run_folder: Path | str, state: RunState, learner: Saver, *, 
     """
     folder = Path(run_folder) / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{_OLD}*")]:
+    for leftover in (f for prefix in (_ASIDE, _OLD, UNIVERSAL) for f in folder.glob(f"{prefix}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     target = folder / f"step-{state.step:06d}"
     with replace_folder(target) as aside:
@@ -75,7 +97,8 @@ def save_checkpoint(run_folder: Path | str, state: RunState, learner: Saver, *, 
         (aside / _STATE).write_text(state.model_dump_json(), encoding="utf-8")
         (aside / _MANIFEST).write_text(json.dumps(_sizes(aside)), encoding="utf-8")
     for old in _by_step(folder)[:-keep]:
-        _remove(old)
+        if not (keep_best and _step(old) == state.best_step):
+            _remove(old)
     return target
 
 
@@ -139,7 +162,11 @@ def _remove(folder: Path) -> None:
 
 def _by_step(folder: Path) -> list[Path]:
     found = [f for f in folder.glob("step-*") if f.is_dir() and f.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -10,8 +10,11 @@ failure the ranks are gone: what they held may be half a step, so the way on is 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,9 +24,10 @@ from typing import Any
 import torch
 
 from memento.config import RlConfig
-from memento.errors import UserError
+from memento.errors import RunFailed, UserError
 from memento.rl.batch import TrainBatch, sequence_kl
-from memento.rl.learner_rank import LearnerRank, NonFiniteError, RankInfo, RankStats, Tally
+from memento.rl.checkpoint import UNIVERSAL, replace_folder
+from memento.rl.learner_rank import CHECKPOINT_TAG, LearnerRank, NonFiniteError, RankInfo, RankStats, Tally
 from memento.rollout.weights import WeightUpdate
 
 CHECKPOINT_FOLDER = "learner"
@@ -33,7 +37,7 @@ FAILED_BATCH = "failed_batch.pt"
 """In the run folder: the batch that gave a loss that is no number."""
 
 
-class LearnerError(RuntimeError):
+class LearnerError(RunFailed):
     """A rank died, hung or failed. The message names the stage and the rank. The learner is closed."""
 
 
@@ -64,7 +68,8 @@ class Learner:
         self._ranks: list[Any] = []
         learner = config.learner
         device = _device(learner.device, ray.cluster_resources())
-        options = {"num_cpus": learner.cpus, "num_gpus": float(device == "cuda"), "max_restarts": 0}
+        gpus = learner.gpu_fraction if device == "cuda" else 0.0
+        options = {"num_cpus": learner.cpus, "num_gpus": gpus, "max_restarts": 0}
         _check_resources(learner.ranks, options, ray.cluster_resources())
         actor: Any = ray.remote(LearnerRank)
         self._ranks = [actor.options(**options).remote(config, rank, device) for rank in range(learner.ranks)]
@@ -83,13 +88,14 @@ class Learner:
 
         Returns:
             Over the step's loss tokens: ``train/{loss, grad_norm}`` (means over minibatches), ``train/{lr, entropy}``,
-            ``ratio/{min, mean, max}``, ``clip/{low_fraction, high_fraction}``, ``advantage/{min, max}``,
+            ``ratio/{min, mean, max}``, ``clip/{low_fraction, high_fraction}``, ``advantage/{min, mean, max}``,
             ``train/kl_reference`` (k3; only with a KL penalty in the loss), ``train/loss_tokens``, and the sampler
             correction's ``mismatch/weight_mean``, ``mismatch/capped_fraction`` and, where it masks,
             ``mismatch/masked_fraction``. Over all sampled tokens, the sampler against the learner's weights before the
-            step: ``mismatch/kl_mean`` and ``mismatch/kl_max`` (k3), ``mismatch/max_abs_logprob_diff``. Beside them
-            ``train/optimizer_steps`` (since the start of the run), ``train/skipped_minibatches`` (all tokens masked),
-            ``learner/{seconds, tokens_per_s}``. A metric without tokens is left out.
+            step: ``mismatch/kl_mean`` and ``mismatch/kl_max`` (k3), ``mismatch/ratio_{min, mean, max}`` (learner over
+            sampler), ``mismatch/max_abs_logprob_diff``. Beside them ``train/optimizer_steps`` (since the start of the
+            run), ``train/skipped_minibatches`` (all tokens masked), ``learner/{seconds, tokens_per_s}`` and
+            ``memory/learner_rss_mib`` (of the largest rank). A metric without tokens is left out.
 
         Raises:
             NonFiniteLoss: the loss or gradient is NaN or infinite; the batch is saved in the run folder.
@@ -153,6 +159,15 @@ class Learner:
         updates = self._call("export_weights", "export_weights", str(folder), version)
         return next(update for update in updates if update is not None)
 
+    def start_profile(self) -> None:
+        """Record the ranks with torch's profiler from here on."""
+        self._call("start_profile", "start_profile")
+
+    def stop_profile(self, folder: str | Path) -> Path:
+        """Stop recording, and write a Chrome trace a rank into `folder`."""
+        self._call("stop_profile", "stop_profile", str(folder))
+        return Path(folder)
+
     def save(self, folder: str | Path) -> None:
         """Write weights, optimiser, step count and random states into ``folder/learner``."""
         target = Path(folder) / CHECKPOINT_FOLDER
@@ -163,27 +178,33 @@ class Learner:
         """Go on exactly where `save` left off.
 
         Raises:
-            UserError: no checkpoint, a torn one, or one of another model, number of ranks, ZeRO stage or dtype.
+            UserError: no checkpoint, a torn one, or one of another model, adapter, ZeRO stage or dtype. Another number
+                of ranks is taken, by way of DeepSpeed's universal checkpoint.
         """
         source = Path(folder) / CHECKPOINT_FOLDER
         try:
             saved = json.loads((source / "identity.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a complete checkpoint: {error}.") from error
-        names = {"ranks": "learner.ranks", "zero_stage": "learner.zero_stage", "dtype": "learner.dtype"}
-        for key, here in asdict(self._identity).items():
-            if saved.get(key) != here:
-                what = f"{names[key]} = {saved.get(key)}, this run has {here}" if key in names else "another model"
+        names = {"zero_stage": "learner.zero_stage", "dtype": "learner.dtype"}
+        here = asdict(self._identity)
+        for key in ("zero_stage", "dtype", "model"):
+            if saved.get(key) != here[key]:
+                what = f"{names[key]} = {saved.get(key)}, this run has {here[key]}" if key in names else "another model"
                 raise UserError(f"the checkpoint {folder} was written with {what}.")
-        self._call("load", "load", str(source))
+        if saved.get("ranks") == here["ranks"] or here["zero_stage"] == 0:  # without ZeRO every rank has everything
+            self._call("load", "load", str(source))
+            return
+        # Beside the checkpoint: on a cluster the ranks read it from there, and this machine's own disk may be small.
+        with tempfile.TemporaryDirectory(prefix=UNIVERSAL, dir=Path(folder).parent) as aside:
+            to_universal(source / CHECKPOINT_TAG, Path(aside) / CHECKPOINT_TAG)
+            self._call("load", "load", str(source), aside)
 
     def save_hf(self, folder: str | Path) -> Path:
         """Write a plain Hugging Face folder: safetensors, config, generation config, tokenizer, chat template.
 
         A folder that is there already is replaced once the new one is complete.
         """
-        from memento.rl.checkpoint import replace_folder
-
         with replace_folder(Path(folder)) as aside:
             self._call("save_hf", "save_hf", str(aside))
         return Path(folder)
@@ -231,6 +252,34 @@ class Learner:
             raise
 
 
+def to_universal(checkpoint: Path, target: Path) -> None:
+    """Write DeepSpeed's ZeRO checkpoint in its universal form: one file for each parameter and optimiser state.
+
+    Raises:
+        UserError: the checkpoint is torn.
+    """
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # what only Megatron's models bring along; there is none of it here
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            ds_to_universal.main(arguments)
+    except (OSError, EOFError, RuntimeError, AssertionError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint {checkpoint.parent} cannot be read ({error!r}). Resume from an older one."
+        ) from error
+
+
 def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
     """The metrics of one step from what each rank reports; see `Learner.step`."""
     tallies: dict[str, Tally] = {}
@@ -241,6 +290,7 @@ def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
     metrics: dict[str, float] = {
         "train/optimizer_steps": first.optimizer_steps,
         "train/skipped_minibatches": first.skipped_minibatches,
+        "memory/learner_rss_mib": max(stats.resident_mib for stats in ranks),
     }
     if first.losses:
         losses = [sum(shares) for shares in zip(*(stats.losses for stats in ranks), strict=True)]
@@ -251,17 +301,20 @@ def merge_stats(ranks: Sequence[RankStats]) -> dict[str, float]:
         "ratio": "ratio/mean",
         "clip_low": "clip/low_fraction",
         "clip_high": "clip/high_fraction",
+        "advantage": "advantage/mean",
         "kl_reference": "train/kl_reference",
         "mismatch/kl": "mismatch/kl_mean",
+        "mismatch/ratio": "mismatch/ratio_mean",
         "mismatch/weight": "mismatch/weight_mean",
         "mismatch/capped": "mismatch/capped_fraction",
         "mismatch/masked": "mismatch/masked_fraction",
     }
-    lows = {"ratio": "ratio/min", "advantage": "advantage/min"}
+    lows = {"ratio": "ratio/min", "advantage": "advantage/min", "mismatch/ratio": "mismatch/ratio_min"}
     highs = {
         "ratio": "ratio/max",
         "advantage": "advantage/max",
         "mismatch/kl": "mismatch/kl_max",
+        "mismatch/ratio": "mismatch/ratio_max",
         "mismatch/abs_logprob_diff": "mismatch/max_abs_logprob_diff",
     }
     for name, tally in tallies.items():

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from torch import nn
 from memento.config import LearnerConfig, RlConfig
 from memento.errors import UserError
 from memento.rl.batch import MicroBatch
+from memento.rl.lora import ExportedTensor, adapter_off, add_adapter, exported_tensors
+from memento.rl.metrics import resident_mib
 from memento.rl.objective import row_objective
 from memento.rollout.weights import WeightUpdate, write_weights
 
@@ -90,6 +92,7 @@ class RankStats:
         losses: for each minibatch this rank's share of the loss; the sum over ranks is the loss.
         grad_norms: of each optimiser step, over all ranks, before clipping.
         lr: of the last optimiser step.
+        resident_mib: host memory of the rank's process, see `memento.rl.metrics.resident_mib`.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class RankStats:
     lr: float = math.nan
     skipped_minibatches: int = 0
     optimizer_steps: int = 0
+    resident_mib: float = 0.0
 
     def tally(self, name: str, values: torch.Tensor) -> None:
         """Count `values` under `name`."""
@@ -130,6 +134,7 @@ class LearnerRank:
     def __init__(self, config: RlConfig, rank: int, device: str) -> None:
         self.config, self.rank, self.ranks = config, rank, config.learner.ranks
         self.device = torch.device(device)
+        self.profiler: torch.profiler.profile | None = None
 
     def node(self) -> tuple[str, int]:
         """This machine's address and a free port on it, for the ranks' rendezvous."""
@@ -169,13 +174,13 @@ class LearnerRank:
             verbose=False,
         )
         # Before the policy: once ZeRO-3 is announced to transformers, every model it loads is sharded.
-        self.reference = self._load_model().requires_grad_(False) if self.config.algorithm.kl_coef > 0 else None
+        self.reference = self._load_reference()
         settings = deepspeed_config(learner)
         if learner.zero_stage == 3:
             from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
             self._keep = HfDeepSpeedConfig(settings)  # it announces ZeRO-3 for as long as it lives
-        policy = self._load_model()
+        policy = self._load_model(self.config.model, lora=True)
         policy.model.train()
         if learner.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -183,8 +188,9 @@ class LearnerRank:
             # The head's weight is read outside of its own module's forward, where ZeRO-3 would not gather it.
             head: Any = policy.model.get_output_embeddings()
             deepspeed.zero.register_external_parameter(policy, head.weight)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay
+            trained, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay
         )
         # A client optimizer: DeepSpeed's own AdamW is a CUDA extension that it would compile first.
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
@@ -212,6 +218,10 @@ class LearnerRank:
             [self._logprobs(self.engine, row, temperature) for row in rows] if i > 0 else [None] * len(rows)
             for i, (rows, _) in enumerate(work)
         ]
+        reference: list[list[torch.Tensor]] | None = None
+        if self.config.algorithm.kl_coef > 0 and self.config.algorithm.kl_in == "loss":
+            with self._reference_policy() as policy:
+                reference = [[self._logprobs(policy, row, temperature) for row in rows] for rows, _ in work]
         for i, (rows, loss_tokens) in enumerate(work):
             if loss_tokens == 0:  # everything masked: no mean exists, and AdamW would still move by its momentum
                 stats.skipped_minibatches += 1
@@ -219,7 +229,8 @@ class LearnerRank:
             stats.losses.append(0.0)
             for j, row in enumerate(rows):
                 self.engine.set_gradient_accumulation_boundary(j == len(rows) - 1)
-                total = self._backward(row, old[i][j], loss_tokens, temperature, stats)
+                reference_T = None if reference is None else reference[i][j]
+                total = self._backward(row, old[i][j], reference_T, loss_tokens, temperature, stats)
                 if not math.isfinite(total):
                     raise NonFiniteError(
                         f"the loss is {total} (minibatch {i}, microbatch {j} of rank {self.rank}, {row.tokens} tokens)"
@@ -229,6 +240,7 @@ class LearnerRank:
                     self.engine.step()  # between boundaries it only counts
             self._optimizer_step(stats)
         stats.optimizer_steps = self.optimizer_steps
+        stats.resident_mib = resident_mib()
         return stats
 
     def logprobs(
@@ -238,10 +250,8 @@ class LearnerRank:
 
         With `reference` those of the reference policy, which there is only with ``algorithm.kl_coef`` > 0.
         """
-        policy = self.reference if reference else self.engine
-        if policy is None:
-            raise ValueError("there is no reference policy; algorithm.kl_coef is 0")
-        return [self._logprobs(policy, row, temperature).cpu() for row in rows]
+        with self._reference_policy() if reference else contextlib.nullcontext(self.engine) as policy:
+            return [self._logprobs(policy, row, temperature).cpu() for row in rows]
 
     def export_weights(self, folder: str, version: int) -> WeightUpdate | None:
         """Write all weights to `folder`; the update from rank 0, None from the others, which only help to gather."""
@@ -250,6 +260,22 @@ class LearnerRank:
         for _ in self._whole_parameters():
             pass
         return None
+
+    def start_profile(self) -> None:
+        """Record what this rank does with torch's profiler until `stop_profile`."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=activities)
+        self.profiler.start()
+
+    def stop_profile(self, folder: str) -> None:
+        """Write ``rank-R.json.gz``, a Chrome trace. Nothing if none was started (a run resumed inside the window)."""
+        profiler, self.profiler = self.profiler, None
+        if profiler is not None:
+            profiler.stop()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(Path(folder) / f"rank-{self.rank}.json.gz"))
 
     def save(self, folder: str) -> None:
         """Weights, optimiser, step count and this rank's random state, to `folder`."""
@@ -260,21 +286,31 @@ class LearnerRank:
         if self.rank == 0:
             (path / "identity.json").write_text(json.dumps(asdict(self.identity)), encoding="utf-8")
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, universal: str | None = None) -> None:
         """Go on exactly where `save` left off.
+
+        Args:
+            folder: of the checkpoint.
+            universal: folder of its universal form, where it was written by another number of ranks.
 
         Raises:
             UserError: the checkpoint is torn.
         """
+        random_file = Path(folder) / f"random-{self.rank}.pt"
         try:
-            loaded, client_state = self.engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
-            random_state = torch.load(Path(folder) / f"random-{self.rank}.pt", weights_only=False)
+            self.engine._config.load_universal_checkpoint = universal is not None
+            loaded, client_state = self.engine.load_checkpoint(universal or folder, tag=CHECKPOINT_TAG)
+            # A rank that was not there then has no state to go on with; training draws no random numbers.
+            random_state = torch.load(random_file, weights_only=False) if random_file.exists() else None
         except (OSError, EOFError, RuntimeError) as error:
             raise UserError(f"the checkpoint {folder} cannot be read ({error}). Resume from an older one.") from error
+        finally:
+            self.engine._config.load_universal_checkpoint = False
         if loaded is None:
             raise UserError(f"the checkpoint {folder} holds no learner state. Resume from an older one.")
         self.optimizer_steps = int(client_state["optimizer_steps"])
-        _set_random_state(random_state)
+        if random_state is not None:
+            _set_random_state(random_state)
 
     def save_hf(self, folder: str) -> None:
         """A plain Hugging Face folder: safetensors, config, generation config, tokenizer. Rank 0 writes it."""
@@ -293,24 +329,47 @@ class LearnerRank:
         model.config.use_cache = False
         AutoTokenizer.from_pretrained(self.config.model).save_pretrained(folder)
 
-    def _load_model(self) -> PackedPolicy:
+    def _load_reference(self) -> PackedPolicy | None:
+        """The reference as a model of its own; None where there is none, or where it is the policy without adapter."""
+        algorithm, learner = self.config.algorithm, self.config.learner
+        if algorithm.kl_coef == 0 or (learner.lora is not None and self.config.reference is None):
+            return None
+        reference = self._load_model(self.config.reference or self.config.model).requires_grad_(False)
+        return reference.cpu() if learner.offload_reference else reference
+
+    @contextlib.contextmanager
+    def _reference_policy(self) -> Iterator[nn.Module]:
+        """The reference, ready for forward passes within the block."""
+        if self.reference is not None:
+            yield self.reference.to(self.device)
+            if self.config.learner.offload_reference:
+                self.reference.cpu()
+        elif self.config.algorithm.kl_coef > 0:
+            with adapter_off(self.policy.model):
+                yield self.engine
+        else:
+            raise ValueError("there is no reference policy; algorithm.kl_coef is 0")
+
+    def _load_model(self, source: Path | str, *, lora: bool = False) -> PackedPolicy:
         from transformers import AutoModelForCausalLM
 
         from memento.kernels.hf import PackedPolicy
 
         dtype = getattr(torch, self.config.learner.dtype)
-        model = AutoModelForCausalLM.from_pretrained(self.config.model, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         dropout = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
         if dropout:
             raise UserError(
-                f"{self.config.model} has dropout in {dropout[0]}: the learner's log-probabilities would differ from "
+                f"{source} has dropout in {dropout[0]}: the learner's log-probabilities would differ from "
                 "the sampler's by chance. Set every dropout in its config.json to 0."
             )
         self._use_cache = model.config.use_cache
+        if lora and self.config.learner.lora is not None:
+            add_adapter(model, self.config.learner.lora, self.config.seed)
         try:
             return PackedPolicy(model).to(self.device)
         except ValueError as error:  # layers that the attention does not support: the message names them
-            raise UserError(f"{self.config.model}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
 
     def _forward(self, policy: nn.Module, row: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         to = {"device": self.device, "non_blocking": True}
@@ -328,14 +387,18 @@ class LearnerRank:
         return self._forward(policy, row, temperature)[0]
 
     def _backward(
-        self, row: MicroBatch, old_T: torch.Tensor | None, loss_tokens: int, temperature: float, stats: RankStats
+        self,
+        row: MicroBatch,
+        old_T: torch.Tensor | None,
+        reference_T: torch.Tensor | None,
+        loss_tokens: int,
+        temperature: float,
+        stats: RankStats,
     ) -> float:
         """Accumulate the gradient of one row; returns the sum of its weighted token losses. NaN: nothing was done."""
         algorithm = self.config.algorithm
         logprobs_T, entropy_T = self._forward(self.engine, row, temperature)
         old_T = logprobs_T.detach() if old_T is None else old_T
-        reference = self.reference if algorithm.kl_in == "loss" else None
-        reference_T = None if reference is None else self._logprobs(reference, row, temperature)
         total, quantities = row_objective(row, logprobs_T, old_T, reference_T, algorithm)
         for name, values in quantities.items():
             stats.tally(name, values)
@@ -367,32 +430,45 @@ class LearnerRank:
             raise NonFiniteError(f"the gradient norm is {norm} (optimiser step {self.optimizer_steps + 1})")
 
     def _whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter once under its Hugging Face name (tied ones under their first). All ranks must iterate.
+        """Every tensor of the model once under its Hugging Face name (tied ones under their first), adapters merged.
 
-        Under ZeRO-3 a tensor is whole only until the next one is asked for.
+        All ranks must iterate. Under ZeRO-3 a tensor is whole only until the next one is asked for.
         """
-        named = list(self.policy.model.named_parameters())
+        tensors = exported_tensors(self.policy.model)
         if self.config.learner.zero_stage < 3:
-            for name, parameter in named:
-                yield name, parameter.detach()
+            for tensor in tensors:
+                yield tensor.name, tensor.value()
             return
         import deepspeed
 
-        bucket: list[tuple[str, Any]] = []
-        for i, (name, parameter) in enumerate(named):
-            bucket.append((name, parameter))
-            if sum(p.ds_numel * p.element_size() for _, p in bucket) >= GATHER_BYTES or i == len(named) - 1:
-                with deepspeed.zero.GatheredParameters([p for _, p in bucket], modifier_rank=None):
-                    for gathered, whole in bucket:
-                        yield gathered, whole.detach().clone()
-                bucket = []
+        for bucket in _buckets(tensors):
+            parameters = [parameter for tensor in bucket for parameter in tensor.parameters]
+            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+                for tensor in bucket:
+                    yield tensor.name, tensor.value().clone()
+
+
+def _buckets(tensors: Sequence[ExportedTensor]) -> Iterator[list[ExportedTensor]]:
+    """Cut at `GATHER_BYTES`; a larger tensor is a bucket of its own."""
+    bucket: list[ExportedTensor] = []
+    size = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += sum(cast(Any, p).ds_numel * p.element_size() for p in tensor.parameters)
+        if size >= GATHER_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 def deepspeed_config(learner: LearnerConfig) -> dict[str, Any]:
     """What DeepSpeed is told. Batch sizes are 1 because the accumulation boundary is set by hand (see the module)."""
     zero: dict[str, Any] = {"stage": learner.zero_stage}
-    if learner.offload_optimizer and learner.zero_stage > 0:
+    if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if learner.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

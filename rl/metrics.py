@@ -1,4 +1,4 @@
-"""What a step's rollouts look like, from the records alone.
+"""What a step looks like: its rollouts, from the records alone, and what it cost.
 
 Accuracy as the only reward makes blocks drift (longer, fewer), which no reward curve shows; so the memento and KV
 metrics are logged from the first step on.
@@ -6,12 +6,18 @@ metrics are logged from the first step on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memento.format import MementoFormat, kv_profile, parse
 from memento.trajectory import Outcome, ScoredGroup
+
+if TYPE_CHECKING:
+    from memento.rollout.weights import WeightUpdate
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], fmt: MementoFormat, version: int | None = None) -> dict[str, float]:
@@ -77,3 +83,35 @@ def rollout_metrics(groups: Sequence[ScoredGroup], fmt: MementoFormat, version: 
         lags = [version - t.oldest_version for t in trajectories]
         metrics["lag/mean"], metrics["lag/max"] = float(np.mean(lags)), float(max(lags))
     return metrics
+
+
+def system_metrics(
+    step_s: float, learner_s: float, sync_s: float, update: WeightUpdate, tokens: int
+) -> dict[str, float]:
+    """Who worked, who waited, and what the weights cost, in one step.
+
+    Args:
+        step_s: wall seconds of the whole step.
+        learner_s: seconds of it in which the learner trained.
+        sync_s: seconds of it from asking the learner for its weights to the last engine's answer.
+        update: the weights that were sent.
+        tokens: completion tokens that were trained.
+
+    Returns:
+        ``idle/learner`` (fraction of the step), ``sync/{seconds, mib, gb_per_s}`` (seconds: gathering and writing; the
+        rate is over all of `sync_s`), ``step/tokens_per_s`` and ``memory/driver_rss_mib``.
+    """
+    return {
+        "idle/learner": 1.0 - learner_s / step_s,
+        "sync/seconds": update.seconds,
+        "sync/mib": update.bytes / 2**20,
+        "sync/gb_per_s": update.bytes / 1e9 / sync_s,
+        "step/tokens_per_s": tokens / step_s,
+        "memory/driver_rss_mib": resident_mib(),
+    }
+
+
+def resident_mib() -> float:
+    """Host memory that this process holds now (RSS), in MiB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

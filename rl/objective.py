@@ -13,6 +13,7 @@ from memento.config import AlgorithmConfig
 from memento.rl.batch import MicroBatch
 from memento.rl.losses import (
     POLICY_LOSSES,
+    importance_ratio,
     kl_divergence,
     masked_importance_weight,
     sequence_importance_weight,
@@ -41,7 +42,7 @@ def row_objective(
     Returns:
         The sum (a scalar with gradient), and tensors without gradient by the learner's tally names. Over loss tokens:
         ``ratio``, ``clip_low``, ``clip_high``, ``advantage``, ``kl_reference`` (k3), ``mismatch/weight``,
-        ``mismatch/capped``, ``mismatch/masked``. Over all sampled tokens: ``mismatch/kl``,
+        ``mismatch/capped``, ``mismatch/masked``. Over all sampled tokens: ``mismatch/kl``, ``mismatch/ratio``,
         ``mismatch/abs_logprob_diff``.
     """
     device = logprobs_T.device
@@ -71,6 +72,7 @@ def row_objective(
     # Sampler against learner, over everything the sampler chose, under the weights before this step's updates.
     sampler_N, learner_N = rollout_T[sampled_T], old_T[sampled_T]
     quantities["mismatch/kl"] = kl_divergence(sampler_N, learner_N, "k3")
+    quantities["mismatch/ratio"] = importance_ratio(learner_N, sampler_N)
     quantities["mismatch/abs_logprob_diff"] = (sampler_N - learner_N).abs()
     return total, quantities
 

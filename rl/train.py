@@ -9,16 +9,17 @@ decides between synchronous (0) and asynchronous training; see `memento.rl.windo
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from memento.cluster import connect
-from memento.config import RlConfig, load_config
-from memento.errors import UserError
+from memento.command import run_config
+from memento.config import RlConfig
+from memento.errors import RunFailed
 from memento.format import MementoFormat
 from memento.preflight import check_run
 from memento.problems import Problem
@@ -28,7 +29,7 @@ from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_
 from memento.rl.evaluate import EvalResult, evaluate
 from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
-from memento.rl.metrics import rollout_metrics
+from memento.rl.metrics import rollout_metrics, system_metrics
 from memento.rl.weight_sync import WeightSync
 from memento.rl.window import GroupWindow, ProblemStream, scores_differ
 from memento.rollout.pool import RolloutPool
@@ -40,7 +41,7 @@ SIGNAL_POLL_S = 0.5
 """How long the loop may be deaf to Ctrl-C and SIGTERM while it waits for rollouts."""
 
 
-class MismatchAlarm(RuntimeError):
+class MismatchAlarm(RunFailed):
     """Engine and learner disagree about the same tokens by more than the config allows."""
 
 
@@ -68,75 +69,57 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
             learner, engines, rewards = start(config, run, parts)
             weights = WeightSync(learner, engines)
             parts.callback(weights.close)
-            state = RunState()
-            if (checkpoint := latest_checkpoint(run.folder) if resume else None) is not None:
-                state = load_state(checkpoint)
-                learner.load(checkpoint)
-            update = weights.push(version=state.step)  # a broken sync fails in the first minute
-
-        def rollout(request: RolloutRequest) -> ScoredGroup:
-            trajectories = engines.generate(request)
-            results = rewards.score(request.problem, [trajectory.text for trajectory in trajectories])
-            return ScoredGroup(problem=request.problem, trajectories=trajectories, rewards=tuple(results))
+            state = restore(run, learner) if resume else RunState()
+            weights.push(version=state.step)  # a broken sync fails in the first minute
 
         def held_out_accuracy(step: int) -> EvalResult:
             with run.phase("eval"):
                 return evaluate_held_out(config, fmt, engines, rewards, held_out, step)
 
-        stream = ProblemStream(problems, config.seed, cursor=state.cursor)
-        algorithm = config.algorithm
-        keep = scores_differ if algorithm.dynamic_sampling else None
-        max_filtered = int(algorithm.dynamic_sampling_cap * config.groups_per_step)
-        window = GroupWindow(config.groups_per_step, config.max_lag, rollout, keep, max_filtered)
+        stream, window = open_window(config, state, problems, engines, rewards)
         parts.callback(window.close)
-        for request in state.pending:
-            window.start(request)
         if held_out and state.step == 0:
-            run.log(0, held_out_accuracy(0).metrics())
+            before = held_out_accuracy(0).metrics()
+            state = state.evaluated(0, before)
+            run.log(0, before)
 
         for step in range(state.step, config.steps):
-            with run.phase("rollout"):
-                fill(window, stream, config)
-                while not window.wait(step, SIGNAL_POLL_S):
-                    if run.stopping:
-                        break
-                    fill(window, stream, config)
-            if run.stopping:
-                save(run, step, stream, window, learner, config)
+            began = time.perf_counter()
+            groups = next_groups(run, window, stream, config, version=step)
+            if groups is None:
+                save(run, state.at(step, stream, window), learner)
                 run.stop()
-            groups = window.take()
-            with run.phase("batch"):
-                batch, penalty = assemble(groups, config, fmt), {}
-                if algorithm.kl_in == "reward":
-                    kl = learner.sequence_kl(batch)
-                    batch, penalty = assemble(groups, config, fmt, kl), {"reward/kl_mean": float(kl.mean())}
-            with run.phase("train"):
-                stats = learner.step(batch)
+            with profiled(run, learner, step + 1):
+                stats = learn(run, groups, config, fmt, learner)
+            syncing = time.perf_counter()
             with run.phase("sync"):
                 update = weights.push(version=step + 1)
+            now = time.perf_counter()
 
+            tokens = sum(len(t.completion_ids) for group in groups for t in group.trajectories)
             metrics = {
                 **rollout_metrics(groups, fmt, version=step),
                 **window_metrics(window),
                 **engines.metrics(),
                 **stats,
-                **penalty,
-                "sync/seconds": update.seconds,
-                "sync/mib": update.bytes / 2**20,
+                **system_metrics(now - began, stats["learner/seconds"], now - syncing, update, tokens),
             }
             if held_out and is_due(step + 1, config.eval.interval, config.steps):
                 metrics |= held_out_accuracy(step + 1).metrics()
+            state = state.evaluated(step + 1, metrics)
             run.save_groups(step + 1, groups)
             run.log(step + 1, metrics)
             check_mismatch(config, run, step + 1, stats, groups)
-            if is_due(step + 1, config.checkpoint.interval, config.steps):
+            best = config.checkpoint.keep_best and state.best_step == step + 1
+            if best or is_due(step + 1, config.checkpoint.interval, config.steps):
                 with run.phase("checkpoint"):
-                    save(run, step + 1, stream, window, learner, config)
+                    save(run, state.at(step + 1, stream, window), learner)
 
         with run.phase("export"):
             model = learner.save_hf(run.folder / "hf")
             finish_folder(model, run.folder, step=config.steps)
-            return model
+        run.say(f"model: {model}")
+        return model
 
 
 def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
@@ -153,6 +136,71 @@ def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, Rollou
             parts.callback(part.result().close)
     learner, engines, rewards = starting
     return learner.result(), engines.result(), rewards.result()
+
+
+def open_window(
+    config: RlConfig, state: RunState, problems: Sequence[Problem], engines: RolloutPool, rewards: RewardPool
+) -> tuple[ProblemStream, GroupWindow]:
+    """Problems and groups from where the loop stands; groups that were in flight then are started again."""
+
+    def rollout(request: RolloutRequest) -> ScoredGroup:
+        trajectories = engines.generate(request)
+        results = rewards.score(request.problem, [trajectory.text for trajectory in trajectories])
+        return ScoredGroup(problem=request.problem, trajectories=trajectories, rewards=tuple(results))
+
+    algorithm = config.algorithm
+    keep = scores_differ if algorithm.dynamic_sampling else None
+    max_filtered = int(algorithm.dynamic_sampling_cap * config.groups_per_step)
+    window = GroupWindow(config.groups_per_step, config.max_lag, rollout, keep, max_filtered)
+    for request in state.pending:
+        window.start(request)
+    return ProblemStream(problems, config.seed, cursor=state.cursor), window
+
+
+def next_groups(
+    run: Run, window: GroupWindow, stream: ProblemStream, config: RlConfig, version: int
+) -> list[ScoredGroup] | None:
+    """Keep the window full until a step's groups are ready, and take them; None when a signal arrived meanwhile."""
+    with run.phase("rollout"):
+        fill(window, stream, config)
+        while not run.stopping and not window.wait(version, SIGNAL_POLL_S):
+            fill(window, stream, config)
+    return None if run.stopping else window.take()
+
+
+def restore(run: Run, learner: Learner) -> RunState:
+    """Bring the learner to the newest whole checkpoint; where the loop goes on. A run without one starts over."""
+    checkpoint = latest_checkpoint(run.folder)
+    if checkpoint is None:
+        return RunState()
+    state = load_state(checkpoint)
+    learner.load(checkpoint)
+    return state
+
+
+def learn(
+    run: Run, groups: Sequence[ScoredGroup], config: RlConfig, fmt: MementoFormat, learner: Learner
+) -> dict[str, float]:
+    """Train one RL step on scored groups. The learner's statistics, see `Learner.step`."""
+    with run.phase("batch"):
+        batch, penalty = assemble(groups, config, fmt), {}
+        if config.algorithm.kl_in == "reward":
+            kl = learner.sequence_kl(batch)
+            batch, penalty = assemble(groups, config, fmt, kl), {"reward/kl_mean": float(kl.mean())}
+    with run.phase("train"):
+        return learner.step(batch) | penalty
+
+
+@contextmanager
+def profiled(run: Run, learner: Learner, step: int) -> Iterator[None]:
+    """Open and close the profiler's window, `profile_steps`, around the steps it names."""
+    assert isinstance(run.config, RlConfig)
+    first, last = run.config.profile_steps or (0, 0)
+    if step == first:
+        learner.start_profile()
+    yield
+    if step == last:
+        run.say(f"profile of steps {first} to {last}: {learner.stop_profile(run.folder / 'profile')}")
 
 
 def fill(window: GroupWindow, stream: ProblemStream, config: RlConfig) -> None:
@@ -199,10 +247,11 @@ def evaluate_held_out(
     return result
 
 
-def save(run: Run, step: int, stream: ProblemStream, window: GroupWindow, learner: Learner, config: RlConfig) -> None:
+def save(run: Run, state: RunState, learner: Learner) -> None:
     """Write a checkpoint from which the next step goes on as if nothing had happened."""
-    state = RunState(step=step, cursor=stream.cursor, pending=tuple(window.pending()))
-    save_checkpoint(run.folder, state, learner, keep=config.checkpoint.keep)
+    assert isinstance(run.config, RlConfig)
+    checkpoint = run.config.checkpoint
+    save_checkpoint(run.folder, state, learner, keep=checkpoint.keep, keep_best=checkpoint.keep_best)
 
 
 def window_metrics(window: GroupWindow) -> dict[str, float]:
@@ -238,21 +287,7 @@ def is_due(step: int, interval: int, last: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m memento.rl.train CONFIG [a.b=c ...] [--resume]``. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m memento.rl.train", description="An RL run under eviction.")
-    parser.add_argument("config", help="a YAML file, e.g. configs/rl/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. learner.lr=1e-4 steps=100")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
-    options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
-        if not isinstance(config, RlConfig):
-            raise UserError(f"{options.config} describes a {config.kind} run. `memento {config.kind}` runs it.")
-        folder = train(config, resume=options.resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"model: {folder}")
-    return 0
+    return run_config("rl", "An RL run under eviction.", train, arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memento.config import AlgorithmConfig, RlConfig, override_config
 from memento.errors import UserError
 from memento.format import visible_until
 from memento.rl.advantages import group_advantages
@@ -44,7 +45,7 @@ BASE = {
     "step_timeout_s": 100,
 }
 LEARNERS = {
-    "cispo": {"learner": {"ranks": 1, "zero_stage": 1}, "algorithm": {"loss": "cispo"}},
+    "cispo": {"learner": {"ranks": 1, "zero_stage": 2}, "algorithm": {"loss": "cispo"}},
     "grpo": {
         "learner": {"ranks": 1, "zero_stage": 0, "gradient_checkpointing": True},
         "algorithm": {"loss": "grpo", "kl_coef": 0.1, "aggregation": "sequence", "advantage_std": "group"},
@@ -55,6 +56,18 @@ LEARNERS = {
         "algorithm": {"loss": "gspo", "aggregation": "constant", "aggregation_tokens": 20, "advantage_std": "none"},
     },
 }
+ALGORITHMS = {
+    "cispo": "loss=cispo",
+    "cispo, icepop": "loss=cispo aggregation=token sampler_correction=icepop sampler_mask_range=[0.8,1.3]",
+    "grpo": "loss=grpo advantage_std=group aggregation=sequence kl_coef=0.1",
+    "dapo": "loss=grpo clip_high=0.28 advantage_std=group aggregation=token",
+    "dr. grpo": "loss=grpo advantage_std=none aggregation=constant aggregation_tokens=20",
+    "gspo": "loss=gspo clip_low=0.003 clip_high=0.004 advantage_std=group aggregation=sequence sampler_correction=none",
+    "rloo": "loss=cispo clip_low=0 clip_high=0 advantage_baseline=leave_one_out advantage_std=none "
+    "aggregation=constant aggregation_tokens=1",
+    "reinforce++": "loss=grpo advantage_baseline=batch aggregation=token kl_coef=0.01 kl_estimator=k2",
+}
+"""What the whole matrix of gradients runs over: every loss, aggregation, baseline and penalty."""
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +243,172 @@ def test_neither_packing_nor_ranks_change_the_gradient(name, tokens, learner_of,
         assert stats[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), metric
 
 
+@pytest.fixture(scope="module")
+def sixteen(make):
+    """Four groups of four: two minibatches of eight completions."""
+    return [
+        group.model_copy(
+            update={
+                "trajectories": tuple(
+                    t.model_copy(
+                        update={
+                            "rollout_logprobs": tuple(p + math.log(64 / 416) for p in t.rollout_logprobs),
+                            "temperature": TEMPERATURE,
+                        }
+                    )
+                    for t in group.trajectories
+                )
+            }
+        )
+        for group in make("random_groups", 4, 4, seed=5, logprob_noise=0.3)
+    ]
+
+
+def in_rows(rows: int, config: RlConfig, groups, fmt):
+    """The step as two minibatches of `rows` microbatches on each rank, and the config that packs it so."""
+    lengths = [len(t.token_ids) for group in groups for t in group.trajectories]
+    for tokens in [1, *range(max(lengths), sum(lengths) + 1)]:
+        learner = config.learner.model_copy(update={"micro_batch_tokens": tokens})
+        packed = config.model_copy(update={"learner": learner, "group_size": len(groups[0].trajectories)})
+        batch = assemble(groups, packed, fmt)
+        if all(len(rank) == rows for minibatch in batch.minibatches for rank in minibatch.ranks):
+            return batch, packed
+    raise AssertionError(f"nothing packs into {rows} rows")
+
+
+def keep_gradients(rank: Any, config: RlConfig) -> None:
+    """In the actor: train by another algorithm, and keep the whole gradient of each optimiser step, before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    rank.config, rank.gradients = config, []
+    own_step = type(rank)._optimizer_step
+
+    def step(stats: Any) -> None:
+        named = rank.policy.model.named_parameters()
+        whole: list[tuple[str, Any]] = [(name, safe_get_full_grad(p)) for name, p in named]
+        rank.gradients.append({name: gradient.float().clone() for name, gradient in whole})
+        own_step(rank, stats)
+
+    rank._optimizer_step = step
+
+
+def gradients_of(learner: Learner, batch, config: RlConfig) -> list[dict[str, torch.Tensor]]:
+    ray.get([rank.__ray_call__.remote(keep_gradients, config) for rank in learner._ranks])
+    learner.step(batch)
+    return ray.get(learner._ranks[0].__ray_call__.remote(lambda rank: rank.gradients))
+
+
+def plain_gradients(folder, groups, config: RlConfig, fmt) -> list[dict[str, torch.Tensor]]:
+    """The gradients of both minibatches in plain torch, by definition: a dense mask, one completion at a time."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    a, learner = config.algorithm, config.learner
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=0.0
+    )
+    size = len(groups[0].trajectories)
+    rewards = torch.tensor([s for g in groups for s in g.scores])
+    members = torch.arange(len(groups)).repeat_interleave(size)
+    advantages = group_advantages(rewards, members, a.advantage_std, baseline=a.advantage_baseline)
+    with torch.no_grad():
+        old = [[plain_logprobs(policy, t, fmt) for t in g.trajectories] for g in groups]
+    found = []
+    for step, half in enumerate(([0, 1], [2, 3])):
+        by_group = []
+        for g in half:
+            by_group.append([])
+            for s, t in enumerate(groups[g].trajectories):
+                keep = torch.tensor([i not in t.forced for i in range(len(t.completion_ids))])
+                logprobs, before = plain_logprobs(policy, t, fmt)[keep], old[g][s][keep]
+                sampler, advantage = torch.tensor(t.rollout_logprobs)[keep], advantages[g * size + s]
+                ratio = (logprobs - before).exp()
+                if a.loss == "gspo":
+                    ratio = (logprobs - before).mean().exp().detach() * (logprobs - logprobs.detach()).exp()
+                clipped = ratio.clamp(1 - a.clip_low, 1 + a.clip_high)
+                if a.loss == "cispo":
+                    loss = -clipped.detach() * advantage * logprobs
+                else:
+                    loss = -torch.min(ratio * advantage, clipped * advantage)
+                weight = (before - sampler).exp()
+                if a.sampler_correction == "tis":
+                    loss = loss * weight.clamp(max=a.sampler_correction_cap)
+                elif a.sampler_correction == "icepop":
+                    low, high = a.sampler_mask_range or (0.0, 0.0)
+                    loss = loss * torch.where((weight >= low) & (weight <= high), weight, 0.0)
+                d = logprobs - before  # the reference is the initial policy, and so is `before` in this step
+                penalty = d.square() / 2 if a.kl_estimator == "k2" else (-d).exp() - 1 + d
+                by_group[-1].append(loss + a.kl_coef * penalty)
+        flat = [tokens for group in by_group for tokens in group]
+        if a.aggregation == "token":
+            total = torch.cat(flat).mean()
+        elif a.aggregation == "sequence":
+            total = torch.stack([tokens.mean() for tokens in flat]).mean()
+        elif a.aggregation == "group":
+            total = torch.stack([torch.cat(group).mean() for group in by_group]).mean()
+        else:
+            total = torch.cat(flat).sum() / (len(flat) * (a.aggregation_tokens or 0))
+        optimizer.zero_grad()
+        total.backward()
+        found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learner.lr * min(1.0, (step + 1) / learner.warmup_steps)
+        optimizer.step()
+    return found
+
+
+def check_gradients(learner: Learner, config: RlConfig, rows: int, groups, fmt, expected) -> float:
+    batch, packed = in_rows(rows, config, groups, fmt)
+    got = gradients_of(learner, batch, packed)
+    assert len(got) == len(expected) == 2
+    assert min(max(float(g.abs().max()) for g in of_step.values()) for of_step in expected) > 1e-3
+    return max(furthest(ours, plain) for ours, plain in zip(got, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain(model, sixteen, fmt):
+    """The plain gradients of an algorithm, computed once."""
+    known: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def of(config: RlConfig):
+        key = config.algorithm.model_dump_json()
+        if key not in known:
+            known[key] = plain_gradients(model, sixteen, config, fmt)
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("shape", ["1x8", "2x4", "8x1"])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_gradients_are_those_of_plain_torch(name, shape, learner_of, config_of, sixteen, plain, fmt):
+    """Of microbatches x completions on one rank; two ranks take half the completions each."""
+    config, learner = config_of(name), learner_of(name)
+    rows = int(shape[0]) if shape != "8x1" else 8 // config.learner.ranks
+    assert check_gradients(learner, config, rows, sixteen, fmt, plain(config)) < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_whole_matrix_of_gradients(ranks, stage, cluster, config_of, sixteen, plain, fmt, folder):
+    base = config_of("grpo", ranks=ranks, zero_stage=stage, gradient_checkpointing=False)  # with a reference
+    learner = Learner(base)
+    worst = {}
+    try:
+        learner.save(folder / f"matrix-{ranks}-{stage}")
+        for name, keys in ALGORITHMS.items():
+            fresh = base.model_copy(update={"algorithm": AlgorithmConfig()})
+            config = override_config(fresh, [f"algorithm.{key}" for key in keys.split()], name)
+            assert isinstance(config, RlConfig)
+            for rows in (1, 2, 8 // ranks):
+                learner.load(folder / f"matrix-{ranks}-{stage}")
+                worst[name, rows] = check_gradients(learner, config, rows, sixteen, fmt, plain(config))
+    finally:
+        learner.close()
+    print(f"ranks {ranks}, ZeRO-{stage}: {len(worst)} cases, worst gradient error {max(worst.values()):.2g}")
+    assert len(worst) == 24 and max(worst.values()) < 1e-6, worst
+
+
 def test_an_idle_rank_takes_part(learner_of, config_of, groups, fmt, tmp_path):
     one_row = learner_of("cispo")
     expected = one_row.step(assemble(groups[:1], config_of("cispo", 1, 10_000, groups=1), fmt))
@@ -372,8 +551,8 @@ def test_a_minibatch_without_loss_tokens_is_skipped(learner_of, config_of, group
 
 def test_another_checkpoint_is_refused(learner_of, folder, tmp_path):
     learner = learner_of("cispo")
-    with pytest.raises(UserError, match=r"learner\.ranks = 2, this run has 1"):
-        learner.load(folder / "initial" / "two ranks")
+    with pytest.raises(UserError, match=r"learner\.zero_stage = 0, this run has 2"):
+        learner.load(folder / "initial" / "grpo")
     with pytest.raises(UserError, match="not a complete checkpoint"):
         learner.load(tmp_path)
 
@@ -419,7 +598,7 @@ def test_dropout_is_refused(config_of, model, tmp_path):
     policy.save_pretrained(tmp_path)
     config = config_of("cispo").model_copy(update={"model": str(tmp_path)})
     with pytest.raises(UserError, match=r"dropout"):
-        LearnerRank(config, 0, "cpu")._load_model()
+        LearnerRank(config, 0, "cpu")._load_model(config.model)
 
 
 def test_bf16_without_fp32_accumulation_is_refused(config_of):
