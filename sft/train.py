@@ -10,7 +10,6 @@ before the first step; the loss is reported for blocks, mementos, delimiters and
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -21,30 +20,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from memento.config import SftConfig, load_config
+from memento.command import run_config
+from memento.config import SftConfig
 from memento.errors import UserError
 from memento.format import DELIMITERS
-from memento.run import Run, RunStopped
+from memento.run import Run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 128 + signal when stopped."""
-    parser = argparse.ArgumentParser(prog="python -m memento.sft.train", description="Run one SFT stage.")
-    parser.add_argument("config", help="YAML file, e.g. configs/sft/quickstart_stage1.yaml")
-    parser.add_argument("overrides", nargs="*", help="a.b=c")
-    parser.add_argument("--resume", action="store_true", help="go on in the run folder")
-    arguments = parser.parse_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if not isinstance(config, SftConfig):
-            raise UserError(f"{arguments.config} has kind: {config.kind}; `memento sft` takes kind: sft.")
-        train(config, resume=arguments.resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunStopped as stopped:
-        return int(stopped.code or 1)
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m memento.sft.train CONFIG [a.b=c ...] [--resume]``. Returns the exit code."""
+    return run_config("sft", "One SFT stage.", train, arguments)
 
 
 def train(config: SftConfig, *, resume: bool = False) -> Path:
