@@ -1,7 +1,9 @@
 """Attention under ``visible_until``: the dense reference, and the faster implementations behind one function.
 
-``dense`` is the definition; ``sdpa`` masks torch's SDPA document by document; ``segments`` (CPU, see
-`memento.kernels.segments`) and ``triton`` (GPU, see `memento.kernels.triton_attention`) compute only what is seen.
+``dense`` is the definition; ``sdpa`` masks torch's SDPA document by document. The others compute only what is seen:
+``segments`` on CPU (`memento.kernels.segments`), ``triton`` on GPU (`memento.kernels.triton_attention`), and ``flex``,
+torch's FlexAttention (`memento.kernels.flex`). What they need to know about a batch is derived once, from the
+`Visibility` that all layers share. All of them give the same bits in every run.
 
 The whole mask of a memento trace is one integer per key (MEMENTO, arXiv 2604.09852, section 3; as a column-wise mask
 it is that of FlashMask, arXiv 2410.01359)::
@@ -24,9 +26,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from memento.kernels.segments import RowPlan, plan_row, segments
+from memento.kernels.tiles import Rule, TileLists, Tiling, key_order
 
 if TYPE_CHECKING:
-    from memento.kernels.triton_attention import TileLists, Tiling
+    from torch.nn.attention.flex_attention import BlockMask
 
 SEGMENTS_FROM_TOKENS = 384
 """Row length from which ``segments`` is the default on CPU."""
@@ -88,11 +91,26 @@ class Visibility:
 
     def tile_lists(self, tiling: Tiling) -> TileLists:
         """Which tiles `memento.kernels.triton_attention` computes at these tile sizes."""
-        from memento.kernels.triton_attention import TileLists
-
         if tiling not in self._tile_lists:
-            self._tile_lists[tiling] = TileLists.of(self, tiling)
+            self._tile_lists[tiling] = TileLists.of(self.rule, tiling, self.key_order)
         return self._tile_lists[tiling]
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The same, clamped to the row."""
+        return Rule.of(self)
+
+    @cached_property
+    def key_order(self) -> torch.Tensor | None:
+        """The order of keys in which tiles are full most often, see `memento.kernels.tiles`."""
+        return key_order(self.rule)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The same for FlexAttention."""
+        from memento.kernels.flex import block_mask
+
+        return block_mask(self.rule)
 
     @cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -152,8 +170,9 @@ def memento_attention(
         lowest_visible: int64 [B, T] or None, the lowest key position each query sees.
         document: int64 [B, T] or None; tokens of different documents do not see each other.
         scale: of the scores, 1 / sqrt(D) by default.
-        implementation: "segments" (CPU), "triton" (GPU), "sdpa", or "dense", the reference that materialises
-            [B, H, T, T] scores; None for the fastest one here, see `default_implementation`.
+        implementation: "segments" (CPU), "triton" (GPU), "flex" (GPU; on CPU without gradients), "sdpa", or "dense",
+            the reference that materialises [B, H, T, T] scores; None for the fastest here, see
+            `default_implementation`.
 
     Returns:
         [B, H, T, D].
@@ -242,9 +261,17 @@ def triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibi
     return triton_attention(q, k, v, visibility, scale)
 
 
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, scale: float) -> torch.Tensor:
+    """`memento.kernels.flex`, imported on use."""
+    from memento.kernels.flex import flex_attention
+
+    return flex_attention(q, k, v, visibility, scale)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visibility, float], torch.Tensor]] = {
     "dense": dense,
     "sdpa": sdpa,
     "segments": segments,
     "triton": triton,
+    "flex": flex,
 }

@@ -10,7 +10,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from memento.format import MementoFormat, visible_until
+from memento.kernels import attention
 from memento.kernels.hf import PackedPolicy, attach, pack
+from memento.kernels.segments import plan_row
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
 TRACES = [
@@ -100,6 +102,34 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert a.grad is not None
         assert b.grad is not None
         assert torch.equal(a.grad, b.grad)
+
+
+def test_a_row_is_planned_once_for_all_layers_and_their_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(attention, "plan_row", lambda *args: planned.append(args) or plan_row(*args))
+    policy = PackedPolicy(tiny())
+    policy.model.gradient_checkpointing_enable()
+    policy.train()
+    monkeypatch.setattr(attention, "SEGMENTS_FROM_TOKENS", 1)
+    logprobs, _ = policy(**pack(TRACES, UNTIL))
+    logprobs.sum().backward()
+    assert len(planned) == 1
+
+
+@pytest.mark.parametrize("implementation", ["segments", "sdpa"])
+def test_a_compiled_model_is_the_same_model(attached: Qwen3ForCausalLM, implementation: str) -> None:
+    """torch.compile breaks its graph at the attention, which runs as it is."""
+    row = pack(TRACES, UNTIL)
+    results = []
+    for model in (attached, torch.compile(attached, backend="aot_eager")):
+        attached.zero_grad()
+        logits = model(**row, memento_implementation=implementation).logits
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in attached.parameters() if p.grad is not None)])
+    attached.zero_grad()
+    assert len(results[0]) == len(results[1]) > 10
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.allclose(plain, compiled, atol=1e-6, rtol=1e-5)
 
 
 def test_packed_policy_gives_the_log_softmax_of_the_logits(

@@ -122,6 +122,55 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     check(ROWS[name], EVERY_CUT, dtype, 1e-2)
 
 
+@pytest.mark.parametrize("implementation", ["segments", "sdpa"])
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+def test_head_sizes(width: int, implementation: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    inputs = [
+        torch.randn(1, heads, 203, width, generator=generator).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    visibility = cut(ROWS["well-formed"], EVERY_CUT, width=width)
+    results = []
+    for leaves, name in ((inputs, implementation), ([x.detach().double().requires_grad_() for x in inputs], "dense")):
+        out = run(leaves, visibility, name)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("implementation", ["segments", "sdpa"])
+def test_the_same_bits_in_every_run(implementation: str) -> None:
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            inputs = qkv(203)
+            out = run(inputs, cut(ROWS["documents"], EVERY_CUT), implementation)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("malformed", [False, True])
+def test_a_long_row_in_parts(malformed: bool) -> None:
+    """20,000 tokens, too many for a dense twin: some queries, and what their gradient is in all keys, in float64."""
+    tokens = 20_000
+    visibility = row(until(tokens, 1, malformed=malformed))
+    queries = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:200]
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 1, tokens, 16, generator=generator).requires_grad_() for _ in range(3))
+    out = run([q, k, v], visibility)[0, 0, queries]
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    at = torch.arange(tokens)
+    seen = (at <= queries[:, None]) & (queries[:, None] < visibility.visible_until[0])
+    scores = (exact[0][0, 0, queries] @ exact[1][0, 0].T / 4).masked_fill(~seen, float("-inf"))
+    expected = scores.softmax(-1) @ exact[2][0, 0]
+    for a, b in zip((out, *gradients), (expected, *torch.autograd.grad(expected.square().sum(), exact)), strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
 def test_rows_of_a_batch_have_plans_of_their_own() -> None:
     both = [ROWS["well-formed"], ROWS["random"], ROWS["nothing evicted"]]
     check(Visibility(torch.cat([v.visible_until for v in both])), EVERY_CUT, torch.float32, 1e-5)

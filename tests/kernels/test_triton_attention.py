@@ -6,8 +6,10 @@ process of their own, and this module reads its findings.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from memento.format import NEVER
 from memento.kernels import Visibility
 from memento.kernels.attention import attend
+from memento.kernels.tiles import TileList, TileLists, Tiling
 
 pytest.importorskip("triton")
 
@@ -103,7 +106,7 @@ def interpreted() -> None:
 
     found: dict[str, Any] = {}
     for name, case in CASES.items():
-        tiling = triton_attention.Tiling(*case.get("tiling", (16, 16, 1, 1)))
+        tiling = Tiling(*case.get("tiling", (16, 16, 1, 1)))
         triton_attention.tilings = lambda *_, chosen=tiling: (chosen, chosen)
         found[name] = relative_errors(case)
     found[INVISIBLE] = changes_by_an_invisible_key()
@@ -135,49 +138,64 @@ def test_an_invisible_key_changes_nothing_bit_for_bit(findings: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 8), (4, 32), (64, 64)])
-def test_lists_hold_every_visible_tile_once_and_call_full_only_what_is(name: str, sizes: tuple[int, int]) -> None:
-    from memento.kernels.triton_attention import TileLists, Tiling
-
+@pytest.mark.parametrize("ordered", [False, True], ids=["row order", "key order"])
+def test_lists_hold_every_visible_tile_once_and_call_full_only_what_is(
+    name: str, sizes: tuple[int, int], ordered: bool
+) -> None:
     visibility = visibility_of(CASES[name])
     queries, keys = sizes
-    lists = TileLists.of(visibility, Tiling(queries, keys, 1, 1))
+    position = visibility.key_order if ordered else None
+    lists = TileLists.of(visibility.rule, Tiling(queries, keys, 1, 1), position)
     mask = visibility.mask[:, 0]
     rows, tokens, _ = mask.shape
+    if position is not None:
+        assert torch.equal(position.sort(-1).values, torch.arange(tokens).expand(rows, -1))
+        mask = mask.take_along_dim(position[:, None], 2)
     padded = torch.nn.functional.pad(mask, (0, -tokens % keys, 0, -tokens % queries))
     tiles = padded.unflatten(2, (-1, keys)).unflatten(1, (-1, queries)).transpose(2, 3)  # [B, nQ, nK, queries, keys]
     beyond = torch.arange(tiles.shape[1] * queries).unflatten(0, (-1, queries)) >= tokens
     all_seen = (tiles | beyond[:, None, :, None]).all(-1).all(-1)
     some_seen = tiles.any(-1).any(-1)
 
-    def listed(offsets: torch.Tensor, flat: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-        found = torch.zeros(shape, dtype=torch.int64).flatten(0, 1)
-        for i, (low, high) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-            found[i, flat[low:high].long()] += 1
-        return found.unflatten(0, shape[:2])
+    def listed(found: TileList, n: int, m: int) -> torch.Tensor:
+        """How often each of m tiles is listed for each of n, as full and as partial: [2, B, n, m]."""
+        counts = torch.zeros(rows * n * 2, m, dtype=torch.int64)
+        for i, (low, high) in enumerate(itertools.pairwise(found.offsets.tolist())):
+            counts[i, found.tiles[low:high].long()] += 1
+        return counts.view(rows, n, 2, m).permute(2, 0, 1, 3)
 
-    by_query = (rows, tiles.shape[1], tiles.shape[2])
-    by_key = (rows, tiles.shape[2], tiles.shape[1])
-    full, partial = listed(*lists.full_keys, by_query), listed(*lists.partial_keys, by_query)
-    assert torch.equal(full, listed(*lists.full_queries, by_key).transpose(1, 2))
-    assert torch.equal(partial, listed(*lists.partial_queries, by_key).transpose(1, 2))
+    full, partial = listed(lists.of_queries, tiles.shape[1], tiles.shape[2])
+    of_keys = listed(lists.of_keys, tiles.shape[2], tiles.shape[1])
+    assert torch.equal(torch.stack([full, partial]), of_keys.transpose(2, 3))
     assert (full + partial <= 1).all()
     assert not (full.bool() & ~all_seen).any()
     assert ((full + partial).bool() | ~some_seen).all()
 
 
-def test_a_trace_computes_few_tiles_and_masks_few_of_them() -> None:
-    from memento.kernels.triton_attention import TileLists, Tiling
-
-    tokens, block, memento = 32768, 1152, 192
+def test_keys_in_order_make_nearly_every_tile_full() -> None:
+    """32 K tokens of blocks and mementos of random length: what is computed, and how much of it is seen."""
+    tokens, at, rng = 32768, 0, random.Random(0)
     until = torch.full((1, tokens), NEVER)
-    for start in range(0, tokens - block - memento, block + memento):
-        until[0, start : start + block] = start + block + memento
-    lists = TileLists.of(Visibility(until), Tiling(128, 64, 1, 1))
-    full, partial = len(lists.full_keys.tiles), len(lists.partial_keys.tiles)
-    at = torch.arange(tokens)
-    visible = int((until[0].clamp(max=tokens) - at).sum())
-    assert (full + partial) * 128 * 64 < 1.2 * visible
-    assert full > 4 * partial
+    while at < tokens:
+        block, memento = round(rng.gauss(1150, 290)), round(rng.gauss(194, 50))
+        until[0, at : at + block] = at + block + memento
+        at += block + memento
+    visibility = Visibility(until)
+    visible = int((until[0].clamp(max=tokens) - torch.arange(tokens)).sum())
+    waste, partial = {}, {}
+    for name, position in (("row", None), ("key", visibility.key_order)):
+        lists = TileLists.of(visibility.rule, Tiling(128, 64, 1, 1), position)
+        computed = len(lists.of_queries.tiles) * 128 * 64
+        counts = lists.of_queries.offsets.diff().view(-1, 2).sum(0)
+        waste[name], partial[name] = 1 - visible / computed, float(counts[1] / counts.sum())
+    assert partial["key"] < 0.5 * partial["row"]
+    assert waste["key"] < 0.15 < waste["row"]
+
+
+def test_what_the_lists_need_is_derived_once_a_batch() -> None:
+    visibility, tiling = visibility_of(CASES["trace"]), Tiling(16, 16, 1, 1)
+    assert visibility.tile_lists(tiling) is visibility.tile_lists(tiling)
+    assert visibility.rule is visibility.rule
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -200,6 +218,7 @@ def test_the_kernels_compile_for_a_gpu_without_one(kernel: str, capability: int,
         "BLOCK_D": 128,
         "QUERIES": chosen.queries,
         "KEYS": chosen.keys,
+        "HAS_POSITION": True,
         "HAS_LOWEST": False,
         "HAS_DOCUMENT": False,
         "PRECISION": "tf32x3",
@@ -210,7 +229,7 @@ def test_the_kernels_compile_for_a_gpu_without_one(kernel: str, capability: int,
             return "constexpr"
         if name in ("lse", "delta"):
             return "*fp32"
-        if name in ("until", "lowest", "document") or name.endswith(("_offsets", "_tiles")):
+        if name in ("offsets", "tiles", "position", "until", "lowest", "document"):
             return "*i32"
         if name.startswith("scale"):
             return "fp32"
