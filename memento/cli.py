@@ -357,10 +357,17 @@ def serve(
 
 
 @app.command()
-def show(config: ConfigFile, overrides: Overrides = None) -> None:
-    """The resolved configuration, and what the run will reserve. Starts nothing and imports no torch.
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    like: Annotated[
+        str | None, typer.Option("--like", help="Reckon with this model's sizes: a folder, or e.g. Qwen/Qwen3-8B.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Reckon with this GPU: A100, H100, H200 or B200.")] = None,
+) -> None:
+    """The resolved configuration, and what the run will reserve, hold and take. Starts nothing and imports no torch.
 
-    Example: `memento show configs/rl/quickstart.yaml rollout.engines=2`
+    Example: `memento show configs/rl/qwen3_8b.yaml --like Qwen/Qwen3-8B --gpu H100`
     """
     from memento.config import load_config, to_yaml
 
@@ -372,28 +379,71 @@ def show(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(Syntax(to_yaml(resolved), "yaml", background_color="default"))
     else:
         typer.echo(to_yaml(resolved))
-    for line in _plan(resolved):
+    for line in _plan(resolved, like, gpu):
         console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: versions against the tested set, cores, memory, sandbox, W&B. Exit code 1 for a problem.
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also: would this run find what it needs here?")
+    ] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Every machine of the Ray cluster, and what must agree between them.")
+    ] = False,
+) -> None:
+    """Check this machine or cluster: versions, GPUs, memory, ports, W&B, the run's files. Exit code 1 for a problem.
 
-    Example: `memento doctor`
+    Example: `memento doctor configs/rl/quickstart.yaml`
     """
-    from memento.doctor import diagnose
+    from memento.config import load_config
+    from memento.doctor import diagnose, diagnose_cluster
 
+    run = load_config(config, overrides or ()) if config is not None else None
+    found = diagnose_cluster(run) if cluster else {"": diagnose(run)}
     mark = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    checks = diagnose()
-    for check in checks:
-        table.add_row(mark[check.level], check.name, check.found + (f"\n→ {check.fix}" if check.fix else ""))
-    _console().print(table)
-    if any(check.level == "problem" for check in checks):
+    for machine, checks in found.items():
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for check in checks:
+            lines = check.found + (f"\n→ {check.fix}" if check.fix else "")
+            table.add_row(mark[check.level], escape(check.name), escape(lines))
+        if machine:
+            _console().rule(f"[bold]{escape(machine)}", align="left")
+        _console().print(table)
+    if any(check.level == "problem" for checks in found.values() for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def reference(
+    page: Annotated[str, typer.Argument(metavar="PAGE", help="config, metrics or picture.")],
+) -> None:
+    """Print a page of the documentation that is read out of the code: the configuration, the metrics, the picture.
+
+    Example: `memento reference config > docs/configuration.md`
+    """
+    from memento.reference import REFERENCES
+
+    if page not in REFERENCES:
+        raise UserError(f"there is no reference {page!r}; there are {', '.join(REFERENCES)}.")
+    typer.echo(REFERENCES[page](), nl=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a quickstart.")],
+) -> None:
+    """Write RUN/report.html: curves, tables, a trajectory, the configuration. One file, no server; also while it runs.
+
+    Example: `memento report runs/rl`
+    """
+    from memento.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
 
 
 # ---------------------------------------------------------------------------------------------- inside
@@ -435,44 +485,17 @@ def _progress(items: Sequence[Any], what: str) -> Any:
     return track(items, what, console=Console(stderr=True), disable=len(items) < 20)
 
 
-def _plan(config: Config) -> list[str]:
-    """What a run will reserve and hold, as lines for people."""
+def _plan(config: Config, like: str | None, gpu: str | None) -> list[str]:
+    """What a run will reserve, hold and take, as lines for people."""
     from memento.config import RlConfig
-    from memento.preflight import kv_bytes_per_token, machine_resources, read_model_config, resource_plan
+    from memento.footprint import plan_lines
 
-    if not isinstance(config, RlConfig):
-        steps = sum(phase.steps for phase in config.phases)
-        length = f"{steps} steps" if steps else f"{config.epochs:g} epochs"
-        tokens = config.batch_size * config.max_length
-        return [f"SFT {config.stage}: {length} of {config.batch_size} traces (at most {tokens:,} tokens a step)"]
-    there = machine_resources()
-    plan = resource_plan(config, gpus_there=there["GPU"])
-    lines = ["Actors:"]
-    lines += [f"  {a.count} × {a.kind:<13} {a.count * a.cpus:g} CPU, {a.count * a.gpus:g} GPU" for a in plan.actors]
-    lines.append(
-        f"  together {plan.cpus:g} CPU and {plan.gpus:g} GPU; this machine has {there['CPU']:g} and {there['GPU']:g}"
-    )
-    sequences = config.groups_per_step * config.group_size
-    lines.append(
-        f"Each step: {config.groups_per_step} problems × {config.group_size} completions = {sequences:,}, "
-        f"at most {sequences * config.sampling.max_tokens:,} completion tokens"
-    )
-    model_config = Path(config.model) / "config.json"
-    per_token = (
-        kv_bytes_per_token(read_model_config(Path(config.model)), config.rollout.dtype)
-        if model_config.is_file()
-        else None
-    )
-    if per_token is None:
-        lines.append(f"KV cache: unknown until {config.model} is there")
-    else:
-        full = per_token * config.sampling.max_tokens / 2**20
-        pool = config.rollout.kv_cache_mib
-        fits = f"; the pool of {pool} MiB holds {pool / full:.1f} of them at full length" if pool else ""
-        lines.append(
-            f"KV cache: {per_token:,} bytes a token, {full:,.1f} MiB for a whole completion without eviction{fits}"
-        )
-    return lines
+    if isinstance(config, RlConfig):
+        return list(plan_lines(config, like, gpu))
+    steps = sum(phase.steps for phase in config.phases)
+    length = f"{steps} steps" if steps else f"{config.epochs:g} epochs"
+    tokens = config.batch_size * config.max_length
+    return [f"SFT {config.stage}: {length} of {config.batch_size} traces (at most {tokens:,} tokens a step)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,13 @@ def connect() -> dict[str, float]:
     return {name: float(amount) for name, amount in ray.cluster_resources().items()}
 
 
+def node_resources() -> list[dict[str, float]]:
+    """Resources of each machine of the cluster that is joined, by Ray's names."""
+    import ray
+
+    return [{k: float(v) for k, v in node["Resources"].items()} for node in ray.nodes() if node["Alive"]]
+
+
 def disconnect() -> None:
     """Leave the cluster; a Ray that `connect` started ends."""
     import ray

@@ -144,6 +144,8 @@ class RolloutConfig(Section):
     """CPU cores reserved for one engine."""
     tensor_parallel_size: int = Field(default=1, gt=0)
     """GPUs of one engine (ignored on CPU)."""
+    gpu_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Of its GPU that an engine reserves. Below 1 others share it: lower gpu_memory_utilization too."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Logical tokens of prompt and completion together. null: the model's own limit."""
     kv_cache_mib: int | None = Field(default=None, gt=0)
@@ -162,6 +164,20 @@ class RolloutConfig(Section):
     """A group that is not finished by then is retried on another engine."""
     max_restarts: int = Field(default=3, ge=0)
     """How often Ray restarts a dead engine. It gets the current weights before it takes work."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that one engine reserves, where its device is cuda."""
+        return self.tensor_parallel_size * self.gpu_fraction
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.gpu_fraction < 1:
+            raise ValueError(
+                f"gpu_fraction ({self.gpu_fraction:g}) is for engines of one GPU; tensor_parallel_size is "
+                f"{self.tensor_parallel_size}"
+            )
+        return self
 
 
 class RewardTermConfig(Section):
@@ -353,6 +369,8 @@ class LearnerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus: float = Field(default=1.0, ge=0)
     """CPU cores reserved for one rank; also its torch threads."""
+    gpu_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Of its GPU that a rank reserves. Below 1 an engine may share it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lr: float = Field(default=1e-6, ge=0)
@@ -424,11 +442,23 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """W&B. `metrics.jsonl` is always written."""
+    """W&B and TensorBoard. `metrics.jsonl` is always written."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
+    """Of W&B. offline: into the run folder, `wandb sync` uploads it later. online needs a key."""
     project: str = "memento-rl"
+    entity: str | None = None
+    """The W&B team or user. null: the default of the key."""
     name: str | None = None
+    """The run's name in W&B. null: that of its folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to `out`/tensorboard."""
+    trajectories: int = Field(default=8, ge=0)
+    """Completions in each table of trajectories. 0: no tables and no pages."""
+    trajectories_interval: int = Field(default=10, gt=0)
+    """Steps from one table to the next; the first step has one."""
+    artifacts: Literal["none", "reference", "upload"] = "reference"
+    """reference: W&B gets this package's code, and the place of each checkpoint. upload: the checkpoints themselves."""
 
 
 class RlConfig(Section):

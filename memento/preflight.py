@@ -1,7 +1,7 @@
 """Everything that can be known to fail before anything is started: resources, model folder, tokenizer, vLLM version.
 
-`check_run` is the first line of a run; `resource_plan` and `kv_bytes_per_token` are also what `memento show` prints. No
-torch and no vLLM is imported here, and Ray only where a cluster is joined.
+`check_run` is the first line of a run; `resource_plan` is also what `memento show` prints. No torch and no vLLM is
+imported here, and Ray only where a cluster is joined.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``organisation/name``; a path that exists is a folder even if it looks like this."""
-
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,8 @@ def resource_plan(config: RlConfig, *, gpus_there: float) -> ResourcePlan:
     rollout, learner, rewards = config.rollout, config.learner, config.rewards
     return ResourcePlan(
         (
-            Actors("engine", rollout.engines, rollout.cpus, rollout.tensor_parallel_size * on_gpu(rollout.device)),
-            Actors("learner rank", learner.ranks, learner.cpus, 1.0 * on_gpu(learner.device)),
+            Actors("engine", rollout.engines, rollout.cpus, rollout.gpus * on_gpu(rollout.device)),
+            Actors("learner rank", learner.ranks, learner.cpus, learner.gpu_fraction * on_gpu(learner.device)),
             Actors("reward pool", 1, rewards.cpus, 0.0),
         )
     )
@@ -79,27 +78,52 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
 
 
-def available_resources() -> dict[str, float]:
-    """Total resources of the cluster this process was launched on (``RAY_ADDRESS``), else of this machine."""
+def available_nodes() -> list[dict[str, float]]:
+    """Resources of each machine of the cluster this process was launched on (``RAY_ADDRESS``), else of this machine."""
     if os.environ.get("RAY_ADDRESS"):
-        from memento.cluster import connect
+        from memento.cluster import connect, node_resources
 
-        return connect()
-    return machine_resources()
+        connect()
+        return node_resources()
+    return [machine_resources()]
 
 
-def check_resources(config: RlConfig, there: dict[str, float] | None = None) -> ResourcePlan:
-    """Compare what the run reserves with what is there.
+def place(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Actors | None:
+    """Put every actor on a machine, the largest first, each where the least room is left that suffices.
+
+    An actor lies on one machine: two machines with 3 GPUs each hold no engine that wants 4.
+
+    Returns:
+        The first kind of actor that found no place; None if all did.
+    """
+    free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
+    for kind in sorted(plan.actors, key=lambda a: (-a.gpus, -a.cpus)):
+        for _ in range(kind.count):
+            fitting = [node for node in free if node["CPU"] >= kind.cpus - 1e-9 and node["GPU"] >= kind.gpus - 1e-9]
+            if not fitting:
+                return kind
+            best = min(fitting, key=lambda node: (node["GPU"], node["CPU"]))
+            best["CPU"] -= kind.cpus
+            best["GPU"] -= kind.gpus
+    return None
+
+
+def check_resources(
+    config: RlConfig, there: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None
+) -> ResourcePlan:
+    """Compare what the run reserves with what is there, in total and machine by machine.
 
     Args:
         config: the run.
-        there: resources by Ray's names; None asks `available_resources`.
+        there: resources by Ray's names, of one machine or of each; None asks `available_nodes`.
 
     Raises:
-        UserError: too few CPU cores or GPUs, naming the keys that ask for them.
+        UserError: too few CPU cores or GPUs, or no machine with enough of them for one actor, naming the keys that ask
+            for them.
     """
-    there = available_resources() if there is None else there
-    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    found = available_nodes() if there is None else there
+    nodes = [found] if isinstance(found, Mapping) else list(found)
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     plan = resource_plan(config, gpus_there=gpus)
     asked = ", ".join(
         f"{a.count} {a.kind}{'s' if a.count > 1 else ''} x {a.cpus:g} CPU" + (f" + {a.gpus:g} GPU" if a.gpus else "")
@@ -116,7 +140,26 @@ def check_resources(config: RlConfig, there: dict[str, float] | None = None) -> 
             f"the run asks for {plan.cpus:g} CPU cores and {cpus:g} are there ({asked}). Lower rollout.engines, "
             "rollout.cpus, learner.ranks, learner.cpus or rewards.cpus, or launch it on a larger cluster."
         )
+    if (homeless := place(plan, nodes)) is not None:
+        machines = ", ".join(f"{node.get('CPU', 0):g} CPU + {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise UserError(
+            f"there is enough in total, but no machine has room for every {homeless.kind} ({homeless.cpus:g} CPU + "
+            f"{homeless.gpus:g} GPU on one machine; asked: {asked}; machines: {machines}). Change rollout.engines, "
+            "rollout.tensor_parallel_size, rollout.cpus, learner.ranks or learner.cpus so that they divide."
+        )
     return plan
+
+
+def resource_table(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """What is asked for against what is there, as lines of a table."""
+    rows = [("", "count", "CPU", "GPU")]
+    rows += [(a.kind, f"{a.count}", f"{a.count * a.cpus:g}", f"{a.count * a.gpus:g}") for a in plan.actors]
+    rows.append(("asked for", "", f"{plan.cpus:g}", f"{plan.gpus:g}"))
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    machines = "1 machine" if len(nodes) == 1 else f"{len(nodes)} machines"
+    rows.append((f"there, on {machines}", "", f"{cpus:g}", f"{gpus:g}"))
+    width = max(len(row[0]) for row in rows)
+    return [f"{name:<{width}}  {count:>5}  {cpu:>6}  {gpu:>6}".rstrip() for name, count, cpu, gpu in rows]
 
 
 def check_model(model: Path | str) -> Path | None:
@@ -165,20 +208,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"model: {folder / 'config.json'} is not JSON ({error.msg}).") from error
-
-
-def kv_bytes_per_token(model_config: dict[str, Any], dtype: str = "auto") -> int | None:
-    """Bytes of KV cache of one token: 2 x layers x KV heads x head size x bytes per value. None if the config of this
-    architecture names them otherwise."""
-    text = model_config.get("text_config", model_config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    if not layers or not heads:
-        return None
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
-    if dtype == "auto":
-        dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
-    return 2 * layers * kv_heads * head_dim * BYTES_PER_VALUE.get(dtype.removeprefix("torch."), 2) or None
 
 
 def check_vllm_version() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -272,8 +272,13 @@ def pick_trajectory(path: Path) -> tuple[Trajectory, tuple[RewardResult, ...], i
     Returns:
         The trajectory, the verdicts of its group and its place among them; None if the file holds no group.
     """
+    return most_telling(last_groups(path))
+
+
+def most_telling(groups: Iterable[ScoredGroup]) -> tuple[Trajectory, tuple[RewardResult, ...], int] | None:
+    """The choice of `pick_trajectory` among these groups."""
     best = None
-    for group in last_groups(path):
+    for group in groups:
         for place, (trajectory, reward) in enumerate(zip(group.trajectories, group.rewards, strict=True)):
             happened = sum(e.boundary < len(trajectory.token_ids) for e in trajectory.evictions)
             key = ((reward.score or 0) > 0, not trajectory.truncated, happened, -len(trajectory.token_ids))

@@ -6,7 +6,7 @@
     rollouts.jsonl      what was trained on, one scored group a line, as `save_rollouts` says
     rollouts.index.jsonl   step -> bytes of rollouts.jsonl
     summary.json        how the run ended, its last metrics, seconds of each phase in total
-    wandb/  checkpoints/  hf/
+    wandb/  tensorboard/  checkpoints/  hf/
 
     with Run.open(config, resume=resume) as run:
         for step in ...:
@@ -16,7 +16,8 @@
             if run.stopping: ...save a checkpoint...; run.stop()
 
 A resumed run continues its files: the first write after the resume drops whatever an earlier attempt had written at or
-after that step, so no curve has a step twice. This module imports no torch, vLLM or Ray, and W&B only when it is used.
+after that step, so no curve has a step twice. This module imports no torch, vLLM or Ray; W&B and TensorBoard are in
+`memento.tracking`.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NoReturn, Self
 
 import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from memento.config import Config, RlConfig, TrackingConfig, dump_config, to_yaml, validate_config
+from memento.config import Config, RlConfig, dump_config, to_yaml, validate_config
 from memento.errors import UserError
+from memento.tracking import Tracker, check_tracking, open_trackers
 from memento.trajectory import ScoredGroup, append_jsonl
 
 PACKAGES = (
@@ -97,12 +100,6 @@ class RunStopped(SystemExit):
     """A signal ended the run; it can be resumed. Exits with 128 + the signal's number unless somebody catches it."""
 
 
-class _Tracker(Protocol):
-    def log(self, metrics: dict[str, float]) -> None: ...
-
-    def finish(self, exit_code: int) -> None: ...
-
-
 class Run:
     """One run folder, open for writing. Make it with `Run.open`, use it as a context manager.
 
@@ -114,7 +111,7 @@ class Run:
         total_steps: the last step, for the progress line; None where it is not known (yet).
     """
 
-    def __init__(self, config: Config, folder: Path, *, resumed: bool, tracker: _Tracker) -> None:
+    def __init__(self, config: Config, folder: Path, *, resumed: bool, tracker: Tracker) -> None:
         self.config = config
         self.folder = folder
         self.resumed = resumed
@@ -133,6 +130,8 @@ class Run:
         self._signal: int | None = None
         self._signals = 0
         self._handlers: dict[int, Any] = {}
+        self._bar: Progress | None = None
+        self._bar_tasks: tuple[TaskID, TaskID] = (TaskID(0), TaskID(0))
 
     @classmethod
     def open(cls, config: Config, *, resume: bool = False) -> Run:
@@ -156,7 +155,7 @@ class Run:
             )
         if occupied:
             _check_same(config, folder)
-        _check_tracking(config.tracking)
+        check_tracking(config.tracking)
         environment = describe_environment()
         if occupied:
             run_id = _add_resume(folder, environment)
@@ -165,7 +164,7 @@ class Run:
         else:
             run_id = secrets.token_hex(4)
             _make_folder(folder, config, {"run_id": run_id, **environment})
-        tracker = _open_tracker(config, folder, run_id)
+        tracker = open_trackers(config, folder, run_id)
         return cls(config, folder, resumed=occupied, tracker=tracker)
 
     # ------------------------------------------------------------------------------------------ what is written
@@ -185,14 +184,19 @@ class Run:
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._tracker.log({"step": step, **row})
+        self._tracker.log(step, row)
         self._last = {"step": step, **clean}
         self.console.print(self._progress(step, row))
         if self._first_step is None:
             self._first_step, self._started = step, now
+        if self._bar is not None:
+            left = self._left(step)
+            note = f"{_clock(left)} left" if left is not None else ""
+            self._bar.update(self._bar_tasks[0], completed=step, total=self.total_steps, note=note)
 
     def save_groups(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Append a step's groups to ``rollouts.jsonl``: all, the first, or none, as ``save_rollouts`` says."""
+        self._tracker.groups(step, groups)
         mode = self.config.save_rollouts if isinstance(self.config, RlConfig) else "all"
         kept = {"all": list(groups), "sample": list(groups[:1]), "none": []}[mode]
         if not kept:
@@ -205,11 +209,17 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def save_alarm(self, step: int, groups: Sequence[ScoredGroup]) -> Path:
-        """Write groups that need a look by a person to ``alarm-<step>.jsonl``, whatever ``save_rollouts`` says."""
+        """Write groups that need a look by a person to ``alarm-<step>.jsonl``, whatever ``save_rollouts`` says, and
+        alert the trackers."""
         file = self.folder / f"alarm-{step}.jsonl"
         file.unlink(missing_ok=True)
         append_jsonl(groups, file)
+        self._tracker.alert(f"Alarm at step {step}", f"The step's trajectories are in {file.resolve()}.")
         return file
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """Tell the trackers about a checkpoint that is complete."""
+        self._tracker.checkpoint(step, checkpoint)
 
     def say(self, message: str) -> None:
         """A line for the person who watches."""
@@ -219,6 +229,8 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the step; it appears as ``seconds/<name>`` in the next `log`. May be entered repeatedly."""
         begin = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._bar_tasks[1], description=name, completed=0, total=None, visible=True)
         try:
             yield
         finally:
@@ -226,6 +238,11 @@ class Run:
             self._phases[name] = self._phases.get(name, 0.0) + seconds
             self._totals[name] = self._totals.get(name, 0.0) + seconds
             self._arm()  # ray.init() puts its own SIGTERM handler in place of ours
+
+    def within(self, done: int, total: int) -> None:
+        """How far the current phase has come, for the bar of a person who watches, e.g. 37 of 240 groups."""
+        if self._bar is not None:
+            self._bar.update(self._bar_tasks[1], completed=done, total=total)
 
     # ------------------------------------------------------------------------------------------ signals
 
@@ -261,11 +278,30 @@ class Run:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,  # the line of each step stays, the bar goes
+                refresh_per_second=4,
+            )
+            self._bar_tasks = (
+                self._bar.add_task("steps", total=self.total_steps, note=""),
+                self._bar.add_task("", total=None, note="", visible=False),
+            )
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}
@@ -274,6 +310,8 @@ class Run:
         if status == "failed":
             summary["error"] = f"{kind.__name__ if kind else ''}: {error}"
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if status == "failed":
+            self._tracker.alert("Run failed", summary["error"][:2000])
         self._tracker.finish(0 if kind is None else 1)
 
     # ------------------------------------------------------------------------------------------ inside
@@ -283,10 +321,15 @@ class Run:
         parts = [f"step {step}" + (f"/{steps}" if steps else "")]
         parts += [f"{label} {row[name]:{spec}}" for label, name, spec in HEADLINE if name in row]
         parts.append(f"{row['seconds/step']:.1f} s")
-        if steps and self._first_step is not None and self._first_step < step < steps:
-            pace = (time.monotonic() - self._started) / (step - self._first_step)
-            parts.append(f"{_clock(pace * (steps - step))} left")
+        if (left := self._left(step)) is not None:
+            parts.append(f"{_clock(left)} left")
         return "  ".join(parts)
+
+    def _left(self, step: int) -> float | None:
+        """Seconds until the last step, at the mean pace so far; None where there is none yet."""
+        if not self.total_steps or self._first_step is None or not self._first_step < step < self.total_steps:
+            return None
+        return (time.monotonic() - self._started) / (step - self._first_step) * (self.total_steps - step)
 
     def _cut(self, file: Path, step: int) -> None:
         """On the first write of a resumed run, drop what was written at or after `step`."""
@@ -475,71 +518,3 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": bool(status)} if commit else None
-
-
-# ---------------------------------------------------------------------------------------------- tracking
-
-
-class NoTracker:
-    """`tracking.mode: disabled`."""
-
-    def log(self, metrics: dict[str, float]) -> None:
-        """Nothing: `metrics.jsonl` has it."""
-
-    def finish(self, exit_code: int) -> None:
-        """Nothing to close."""
-
-
-class WandbTracker:
-    """A W&B run. Offline ones never touch the network; `wandb sync` uploads them later, by hand."""
-
-    def __init__(self, config: Config, folder: Path, run_id: str) -> None:
-        import wandb
-
-        tracking = config.tracking
-        self._run = wandb.init(
-            id=run_id,
-            resume="allow" if tracking.mode == "online" else None,  # offline, the same id is enough
-            mode="online" if tracking.mode == "online" else "offline",
-            project=tracking.project,
-            name=tracking.name or folder.name,
-            dir=str(folder),
-            job_type=config.kind,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, metrics: dict[str, float]) -> None:
-        """Send one step; ``metrics["step"]`` is its place on every axis."""
-        self._run.log(metrics)
-
-    def finish(self, exit_code: int) -> None:
-        """Close the run's files."""
-        self._run.finish(exit_code=exit_code)
-
-
-def _check_tracking(tracking: TrackingConfig) -> None:
-    """Find out about missing W&B before a folder is made."""
-    if tracking.mode == "disabled":
-        return
-    if tracking.mode == "offline":
-        # Before wandb is imported: it would report its own errors to its makers.
-        os.environ["WANDB_MODE"] = "offline"
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "W&B is not installed. Install the extra (`pip install memento-rl[cpu]`) or set tracking.mode=disabled."
-        ) from error
-    if tracking.mode == "online" and not wandb.login(prompt=False):
-        raise UserError(
-            "tracking.mode is online, but there is no W&B key. Run `wandb login`, set WANDB_API_KEY, or use "
-            "tracking.mode=offline."
-        )
-
-
-def _open_tracker(config: Config, folder: Path, run_id: str) -> _Tracker:
-    return NoTracker() if config.tracking.mode == "disabled" else WandbTracker(config, folder, run_id)

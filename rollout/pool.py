@@ -84,7 +84,7 @@ class RolloutPool:
         if config.device == "auto":
             config = config.model_copy(update={"device": "cuda" if total.get("GPU", 0) > 0 else "cpu"})
         self._config = config
-        self._gpus = config.tensor_parallel_size if config.device == "cuda" else 0
+        self._gpus = config.gpus if config.device == "cuda" else 0.0
         self._condition = threading.Condition()
         self._update_lock = threading.Lock()
         self._update: WeightUpdate | None = None
@@ -114,13 +114,13 @@ class RolloutPool:
         """Fail now where waiting cannot help: on one machine nothing is added later."""
         import ray
 
-        asked = {"CPU": self._config.cpus * self._config.engines, "GPU": float(self._gpus * self._config.engines)}
+        asked = {"CPU": self._config.cpus * self._config.engines, "GPU": self._gpus * self._config.engines}
         short = {name: amount for name, amount in asked.items() if amount > total.get(name, 0)}
         if short and len(ray.nodes()) == 1:
             raise UserError(f"{self._wanted()}, but this machine offers Ray {_resources(total, short)}. {_FIX}")
 
     def _wanted(self) -> str:
-        gpus = f" and {self._gpus} GPU" if self._gpus else ""
+        gpus = f" and {self._gpus:g} GPU" if self._gpus else ""
         return f"rollout: {self._config.engines} engines ask for {self._config.cpus:g} CPU{gpus} each"
 
     def _start(self) -> float:

@@ -39,6 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_all_commands_are_there() -> None:
     wanted = {"quickstart", "sft", "rl", "evaluate", "generate", "score", "view", "export", "serve", "show", "doctor"}
+    wanted |= {"reference", "report"}
     assert wanted <= set(COMMANDS)
 
 
@@ -56,7 +57,8 @@ def test_version_and_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_show_prints_the_tree_and_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = {"model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps({**model, "head_dim": 32, "hidden_size": 64}))
+    sizes = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 347}
+    (tmp_path / "config.json").write_text(json.dumps({**model, **sizes}))
     code, out, _ = run(capsys, "show", CONFIG, "rollout.engines=3", f"model={tmp_path}", "rollout.dtype=float32")
     assert code == 0
     tree, plan = out.split("Actors:")
@@ -75,6 +77,11 @@ def test_show_prints_the_tree_and_the_plan(capsys: pytest.CaptureFixture[str], t
         (["export", "nowhere", "--out", "x"], "nowhere is no run folder"),
         (["generate", "m", "--problems", CONFIG, "--out", "x"], "line 1: not JSON"),
         (["quickstart", "--size", "huge"], "--size"),
+        (["show", CONFIG, "--like", "Qwen/Qwen3-8"], "did you mean Qwen/Qwen3-8B?"),
+        (["show", CONFIG, "--gpu", "H1000"], "did you mean H100?"),
+        (["doctor", "nowhere.yaml"], "no config file at nowhere.yaml"),
+        (["reference", "everything"], "there are config, metrics, picture"),
+        (["report", "nowhere"], "nowhere is no folder"),
     ],
 )
 def test_bad_input_is_one_paragraph(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -129,7 +136,7 @@ def test_doctor_reports_and_fails_only_for_problems(
     from memento import doctor
 
     checks = [doctor.Check("cores", "warning", "2", "get more")]
-    monkeypatch.setattr(doctor, "diagnose", lambda: checks)
+    monkeypatch.setattr(doctor, "diagnose", lambda config: checks)
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "get more" in out
     checks.append(doctor.Check("vLLM", "problem", "missing", "install it"))

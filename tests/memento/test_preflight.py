@@ -13,7 +13,7 @@ from memento.config import RlConfig
 from memento.doctor import diagnose, pinned_versions
 from memento.errors import UserError
 from memento.format import FormatError
-from memento.preflight import check_model, check_resources, check_run, kv_bytes_per_token, resource_plan
+from memento.preflight import check_model, check_resources, check_run, place, resource_plan, resource_table
 from memento.rollout.compatibility import Unsupported
 from memento.tiny import make_tokenizer, write_tiny_model
 
@@ -105,12 +105,35 @@ def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, model: Pat
         check_run(make_config(model))
 
 
-def test_kv_bytes() -> None:
-    qwen = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    assert kv_bytes_per_token(qwen, "bfloat16") == 147_456
-    assert kv_bytes_per_token({**qwen, "torch_dtype": "float32"}) == 2 * 147_456
-    assert kv_bytes_per_token({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, "float32") == 1024
-    assert kv_bytes_per_token({"model_type": "odd"}) is None
+def test_every_actor_lies_on_one_machine() -> None:
+    config = make_config(
+        rollout={"engines": 2, "cpus": 1, "device": "cuda", "tensor_parallel_size": 4},
+        learner={"ranks": 4, "device": "cuda", "cpus": 1},
+    )
+    check_resources(config, [{"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 4}])
+    # 12 GPUs in total here too, but the second engine finds no 4 together.
+    with pytest.raises(UserError, match=r"no machine has room for every engine \(1 CPU \+ 4 GPU on one machine"):
+        check_resources(config, [{"CPU": 8, "GPU": 6}, {"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}])
+    with pytest.raises(UserError, match="no machine has room for every engine"):
+        check_resources(make_config(rollout={"cpus": 3}), [{"CPU": 2}, {"CPU": 2}])
+
+
+def test_the_largest_actors_are_placed_first() -> None:
+    config = make_config(
+        rollout={"engines": 1, "cpus": 1, "device": "cuda", "tensor_parallel_size": 2},
+        learner={"ranks": 2, "device": "cuda", "cpus": 1},
+    )
+    plan = resource_plan(config, gpus_there=4)
+    # One by one in the order of the plan, two ranks would fit anywhere and then leave 1 + 1 for the engine.
+    assert place(plan, [{"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 2}]) is None
+    homeless = place(plan, [{"CPU": 4, "GPU": 1}] * 4)
+    assert homeless is not None and homeless.kind == "engine"
+
+
+def test_the_table_shows_what_is_asked_against_what_is_there() -> None:
+    lines = resource_table(resource_plan(make_config(rollout={"engines": 2}), gpus_there=0), [{"CPU": 8}, {"CPU": 4}])
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in lines}
+    assert rows["asked for"] == ["3", "0"] and rows["there, on 2 machines"] == ["12", "0"]
 
 
 def test_doctor_knows_the_tested_set() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from memento.config import RlConfig, load_config
 from memento.errors import UserError
@@ -160,32 +162,6 @@ def test_a_failed_run_says_so(tmp_path: Path) -> None:
     assert summary["status"] == "failed" and "ZeroDivisionError" in summary["error"]
 
 
-def test_wandb_offline_keeps_the_run_id_and_needs_no_network(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys
-        from memento.config import RlConfig
-        from memento.run import Run
-        config = RlConfig.model_validate(
-            {"out": sys.argv[1], "model": "m", "problems": {"path": "p"}, "tracking": {"mode": "offline"}})
-        for step in (1, 2):
-            with Run.open(config, resume=step > 1) as run:
-                run.log(step, {"reward/mean": 0.5})
-        """
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    cut_off = ["unshare", "--user", "--map-root-user", "--net"]  # not even a loopback device
-    if subprocess.run([*cut_off, "true"], capture_output=True, check=False).returncode:
-        cut_off = []
-    command = [*cut_off, sys.executable, "-c", script, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    run_id = json.loads((tmp_path / "run" / "environment.json").read_text())["run_id"]
-    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
-    assert b"reward/mean" in files[0].read_bytes()
-
-
 LOOP = """
 import sys, time
 from memento.config import RlConfig
@@ -236,3 +212,31 @@ def test_handlers_survive_a_library_that_replaces_them_and_are_put_back(tmp_path
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.stopping
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_person_at_a_terminal_sees_a_bar_and_what_is_left(tmp_path: Path) -> None:
+    run = Run.open(make_config(tmp_path / "run"))
+    file = StringIO()
+    run.console = Console(file=file, force_terminal=True, width=120, soft_wrap=True, highlight=False)
+    with run:
+        for step in (1, 2, 3):
+            with run.phase("rollout"):
+                run.within(3, 4)
+                time.sleep(0.3)  # the bar is drawn four times a second
+            run.log(step, {"reward/mean": 0.5})
+    shown = file.getvalue()
+    assert "rollout" in shown and "3/4" in shown and "2/5" in shown
+    assert "0:01 left" in shown
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", shown).splitlines() if "reward 0.500" in line]
+    assert [line.split()[1] for line in lines] == ["1/5", "2/5", "3/5"], "the line of each step stays"
+
+
+def test_without_a_terminal_there_is_one_line_a_step(tmp_path: Path) -> None:
+    run = Run.open(make_config(tmp_path / "run"))
+    file = StringIO()
+    run.console = Console(file=file, soft_wrap=True, highlight=False)
+    with run:
+        with run.phase("rollout"):
+            run.within(3, 4)
+        run.log(1, {"reward/mean": 0.5})
+    assert file.getvalue().count("\n") == 1 and "\x1b" not in file.getvalue()
