@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -301,6 +302,36 @@ def visible_until(
     for boundary, start, end in parse(token_ids, fmt, prompt_len).evictions:
         limits[start:end] = boundary
     return limits
+
+
+def lowest_visible(limits: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """For each query, the lowest key it sees in a layer whose window holds the last `window` *resident* keys.
+
+    The distance counts what is in the cache: evicted keys leave no hole, because the engine moves the keys behind them
+    down. Without evictions this is the usual window, ``max(0, q - window + 1)``.
+
+    >>> limits = visible_until([9, 1, 7, 7, 2, 3, 8, 4, 9], MementoFormat(1, 2, 3, 4, evict_delimiters=False))
+    >>> lowest_visible(limits, 6).tolist()  # position 8 no longer sees 2 and 3: its window reaches down to 1
+    [0, 0, 0, 0, 0, 0, 1, 2, 1]
+
+    Args:
+        limits: int64 [T], `visible_until` of one document.
+        window: keys that a query sees at most, itself included.
+
+    Returns:
+        int64 [T]: query q sees key k in such a layer if ``lowest_visible[q] <= k <= q < visible_until[k]``.
+    """
+    if window < 1:
+        raise ValueError(f"a window holds at least 1 key, got {window}")
+    length = len(limits)
+    lowest = np.empty(length, dtype=np.int64)
+    boundaries = np.unique(limits[limits < length])
+    for start, end in pairwise([0, *boundaries.tolist(), length]):
+        # Between two boundaries nothing expires: what is visible at `start` stays, and every query adds itself.
+        visible = np.concatenate([np.flatnonzero(limits[:start] > start), np.arange(start, end)])
+        own = np.arange(len(visible) - (end - start), len(visible))
+        lowest[start:end] = visible[np.maximum(own - window + 1, 0)]
+    return lowest
 
 
 class KVProfile(NamedTuple):

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from memento.errors import UserError
+from memento.rollout.options import EvictionOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,13 +28,19 @@ MANAGER_HOOKS = {
     "cache_blocks": ("request", "num_tokens"),
     "pop_blocks_for_free": ("request_id",),
 }
-RUNNER_HOOKS = {
+_BOTH_RUNNERS_HOOKS: dict[str, tuple[str, ...]] = {
     "get_kv_cache_spec": (),
     "initialize_kv_cache": ("kv_cache_config",),
     "execute_model": ("scheduler_output",),
+}
+V1_RUNNER_HOOKS = _BOTH_RUNNERS_HOOKS | {
     "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
     "_sample": ("logits",),
     "_bookkeeping_sync": ("scheduler_output", "sampler_output"),
+}
+V2_RUNNER_HOOKS = _BOTH_RUNNERS_HOOKS | {
+    "prepare_attn": ("input_batch",),
+    "sample": ("hidden_states", "input_batch"),
 }
 
 
@@ -78,16 +85,20 @@ def check_hooks(cls: type, hooks: dict[str, tuple[str, ...]]) -> None:
             raise Unsupported(f"KV eviction cannot hook into this vLLM: {what} (tested: vLLM {TESTED})")
 
 
-def check_runner(cls: type) -> None:
-    """The model runner's class must be a V1 runner with all hooks."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def check_runner(cls: type, v2: bool) -> None:
+    """The model runner must be vLLM's own, V1 or V2, with all hooks."""
+    if v2:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+    if not issubclass(cls, Runner):
+        raise Unsupported(f"KV eviction supports the model runners of vLLM, not {cls.__module__}.{cls.__name__}")
+    check_hooks(cls, V2_RUNNER_HOOKS if v2 else V1_RUNNER_HOOKS)
 
-    if not issubclass(cls, GPUModelRunner):
-        raise Unsupported(f"KV eviction supports the V1 model runner, not {cls.__name__}: {_USE_V1}")
-    check_hooks(cls, RUNNER_HOOKS)
 
-
-_USE_V1 = "set VLLM_USE_V2_MODEL_RUNNER=0"
+_SYNC, _V1 = "async_scheduling=False", "VLLM_USE_V2_MODEL_RUNNER=0"
+# There the block cap would need a token that is still on the device.
+_SYNC_OR_V2 = f"{_SYNC}, or VLLM_USE_V2_MODEL_RUNNER=1"
 
 
 def check_config(vllm_config: VllmConfig) -> None:
@@ -99,9 +110,10 @@ def check_config(vllm_config: VllmConfig) -> None:
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
     scheduler_cls, worker_cls = vllm_config.scheduler_config.scheduler_cls, parallel.worker_cls
     on_cpu = vllm_config.device_config.device_type == "cpu"
+    is_async, v2 = bool(vllm_config.scheduler_config.async_scheduling), vllm_config.use_v2_model_runner
+    options = EvictionOptions.of(vllm_config)
     refused = {
-        "the V2 model runner (" + _USE_V1 + ")": vllm_config.use_v2_model_runner,
-        "asynchronous scheduling (async_scheduling=False)": bool(vllm_config.scheduler_config.async_scheduling),
+        f"asynchronous scheduling with the V1 model runner ({_SYNC_OR_V2})": is_async and not v2,
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
@@ -111,6 +123,8 @@ def check_config(vllm_config: VllmConfig) -> None:
         "encoder connectors": vllm_config.ec_transfer_config is not None,
         "pooling models": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
+        f"restart mode with asynchronous scheduling ({_SYNC})": options.restart and is_async,
+        f"restart mode with the V2 model runner ({_V1})": options.restart and v2,
         f"KV cache dtype {cache.cache_dtype} on CPU": on_cpu and str(cache.cache_dtype).startswith("fp8"),
         f"scheduler {scheduler_cls} (use eviction_args())": not _is_ours(scheduler_cls, "scheduler"),
         f"worker {worker_cls} (use eviction_args())": not _is_ours(worker_cls, "worker"),
@@ -133,17 +147,18 @@ def _is_ours(reference: object, module: str) -> bool:
 
 
 def check_attention_spec(layer: str, spec: object) -> None:
-    """Only plain full attention can be evicted for now.
+    """Only full attention and sliding windows can be evicted.
 
     Raises:
         Unsupported: naming the layer and what it is.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    if type(spec) is not FullAttentionSpec:
-        raise Unsupported(f"KV eviction supports full attention layers only; {layer} is {type(spec).__name__}")
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(spec, name, None) is not None:
-            raise Unsupported(f"KV eviction does not support {name}={getattr(spec, name)} of {layer}")
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+        raise Unsupported(
+            f"KV eviction supports layers with full attention or a sliding window; {layer} is {type(spec).__name__}"
+        )
+    if getattr(spec, "attention_chunk_size", None) is not None:
+        raise Unsupported(f"KV eviction does not support the chunked local attention of {layer}")
     if getattr(spec, "non_causal", False):
         raise Unsupported(f"KV eviction does not support the non-causal attention of {layer}")

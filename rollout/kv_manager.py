@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from memento.format import Eviction
+from memento.rollout.admission import Admission
 from memento.rollout.options import EvictionOptions
 from memento.rollout.plan import Compaction, EvictionFault, EvictionPlan
 
@@ -26,9 +27,14 @@ class EvictingAttentionSpec(FullAttentionSpec):
     """Full attention whose pages shrink: the logical length of a request says little about its memory."""
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec) -> EvictingAttentionSpec:
-        """The same layer, managed by `EvictingManager`."""
-        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+    def of(cls, spec: AttentionSpec) -> EvictingAttentionSpec:
+        """The same layer, managed by `EvictingManager`.
+
+        A layer with a sliding window keeps all pages too: its window counts resident tokens, so it reaches further back
+        with every eviction.
+        """
+        kept = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+        return cls(**kept, sliding_window=getattr(spec, "sliding_window", None))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request may need. vLLM refuses to start with a pool below them.
@@ -43,12 +49,20 @@ class EvictingAttentionSpec(FullAttentionSpec):
         return -(-tokens // self.block_size) * self.page_size_bytes
 
 
+_LOOK_AGAIN_STEPS = 8
+"""Steps between two looks at whether a request may enter, while none leaves: a forecast is not free."""
+
+
 class EvictingManager(FullAttentionManager):
     """Counts pages by physical tokens. The scheduler puts a plan here for each request it accepts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, EvictionPlan] = {}
+        self.admission: Admission | None = None
+        """Set by the scheduler where peaks are reserved."""
+        self._held_back = 0
+        """Admissions that are refused without looking again, until a request gives its pages back."""
         if self.block_pool.hash_block_size != self.block_size:
             raise EvictionFault(
                 f"pages of {self.block_size} tokens with prefix hashes of {self.block_pool.hash_block_size} tokens"
@@ -63,12 +77,37 @@ class EvictingManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         plan = self.plans[request_id]
+        if not apply_admission_cap:
+            return super().get_num_blocks_to_allocate(request_id, num_tokens - plan.evicted, *args, **kwargs)
         # Admission asks about the whole sequence. A long request that was preempted holds at most its replay's peak;
         # with its logical length it would never be admitted again.
-        physical = plan.peak_tokens(num_tokens) if apply_admission_cap else num_tokens - plan.evicted
-        return super().get_num_blocks_to_allocate(
-            request_id, physical, *args, apply_admission_cap=apply_admission_cap, **kwargs
-        )
+        peak = plan.peak_tokens(num_tokens)
+        pages = super().get_num_blocks_to_allocate(request_id, peak, *args, apply_admission_cap=True, **kwargs)
+        return max(pages, self._pages_to_wait_for(request_id, pages, -(-peak // self.block_size)))
+
+    def _pages_to_wait_for(self, request_id: str, pages: int, peak_pages: int) -> int:
+        """How many pages must be free before a request enters, for the sake of those that run; 0 if any number will do.
+
+        Args:
+            request_id: the request that wants to enter.
+            pages: that it needs for what is known of it.
+            peak_pages: the same without what it shares with requests that run.
+        """
+        running = [i for i, blocks in self.req_to_blocks.items() if blocks and i != request_id]
+        if self.admission is None or not running:
+            return 0
+        free = self.block_pool.get_num_free_blocks()
+        if self._held_back > 0 and pages <= free:
+            self._held_back -= 1
+            return free + 1
+        used = self.block_pool.num_gpu_blocks - 1 - free
+        # Prompts of a group lie in the same pages, and are counted once.
+        shared = sum(len(self.req_to_blocks[i]) for i in running) - used + peak_pages - pages
+        expected = self.admission.pages(self.plans[i] for i in [*running, request_id]) - shared
+        if pages <= free < expected - used:
+            self.admission.held_back += 1
+            self._held_back = _LOOK_AGAIN_STEPS
+        return expected - used
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         plan = self.plans[request_id]
@@ -90,6 +129,7 @@ class EvictingManager(FullAttentionManager):
         plan = self.plans.get(request_id)
         if plan is not None:
             plan.reset()
+        self._held_back = 0
         return super().pop_blocks_for_free(request_id)
 
     def compact(self, request_id: str, event: Eviction) -> Compaction:
@@ -100,14 +140,39 @@ class EvictingManager(FullAttentionManager):
         Raises:
             EvictionFault: if a page that would be written is shared or published.
         """
-        plan, page, blocks = self.plans[request_id], self.block_size, self.req_to_blocks[request_id]
+        plan, page = self.plans[request_id], self.block_size
         # All earlier evictions lie before `start`, so one subtraction maps logical to physical.
         first, behind, held = (position - plan.evicted for position in (event.start, event.end, event.boundary))
+        blocks = self.req_to_blocks[request_id]
+        ids = np.fromiter((block.block_id for block in blocks), dtype=np.int64, count=len(blocks))
+        kept = self._release(request_id, event, held, first, first + held - behind)
+        source, target = np.arange(behind, held), np.arange(first, first + held - behind)
+        return Compaction(
+            request_id,
+            ids[source // page] * page + source % page,
+            ids[target // page] * page + target % page,
+            kept,
+        )
+
+    def rewind(self, request_id: str, event: Eviction) -> Compaction:
+        """Evict `event` (due now) and forget what was computed behind it: it is computed again, from ``event.end`` on.
+
+        Errors as for `compact`.
+        """
+        plan = self.plans[request_id]
+        first, held = event.start - plan.evicted, event.boundary - plan.evicted
+        nothing = np.empty(0, dtype=np.int64)
+        return Compaction(request_id, nothing, nothing, self._release(request_id, event, held, first, first))
+
+    def _release(self, request_id: str, event: Eviction, held: int, first: int, kept_tokens: int) -> int:
+        """Free the pages behind the first `kept_tokens` of a request that holds `held`; it writes from `first` on.
+
+        Returns:
+            Pages it keeps.
+        """
+        page, blocks = self.block_size, self.req_to_blocks[request_id]
         if len(blocks) != -(-held // page):
             raise EvictionFault(f"request {request_id} holds {len(blocks)} pages for {held} tokens at {event}")
-        ids = np.fromiter((block.block_id for block in blocks), dtype=np.int64, count=len(blocks))
-        source, target = np.arange(behind, held), np.arange(first, first + held - behind)
-        kept_tokens = held - (behind - first)
         kept = -(-kept_tokens // page)
         for index in range(first // page, kept):
             if not self.block_pool.is_block_writable(blocks[index]):
@@ -117,13 +182,8 @@ class EvictingManager(FullAttentionManager):
         freed = blocks[kept:]
         del blocks[kept:]
         self.block_pool.free_blocks(reversed(freed))
-        plan.advance(event, len(freed))
-        return Compaction(
-            request_id,
-            ids[source // page] * page + source % page,
-            ids[target // page] * page + target % page,
-            kept,
-        )
+        self.plans[request_id].advance(event, len(freed))
+        return kept
 
 
 def manager_of(managers: Sequence[object]) -> EvictingManager:

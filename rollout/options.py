@@ -20,10 +20,16 @@ class EvictionOptions:
 
     fmt: the delimiters and the default eviction of every request.
     max_resident_tokens: physical tokens that one request may hold; None for as many as the pool has.
+    reserve_peaks: admit a request only if the expected peak of all running ones fits with it
+        (`memento.rollout.admission`); False is vLLM's own admission.
+    restart: after an eviction compute everything behind the block again, without it. An ablation: mementos then carry
+        only their text, not what they saw (MEMENTO, arXiv 2604.09852, table 3).
     """
 
     fmt: MementoFormat
     max_resident_tokens: int | None = None
+    reserve_peaks: bool = True
+    restart: bool = False
 
     def __post_init__(self) -> None:
         if self.max_resident_tokens is not None and self.max_resident_tokens < 1:

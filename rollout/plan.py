@@ -48,42 +48,80 @@ class RequestControl:
             a format that never evicts (the block cap stays).
         prompt_len: the first ``prompt_len`` prompt tokens are always visible and not searched for delimiters. The
             default 0 reads the whole prompt; give the prompt's length where a user's text may spell a delimiter.
+        scan_prompt: False reads nothing of the prompt, for callers that do not count tokens.
     """
 
     fmt: MementoFormat
     prompt_len: int = 0
+    scan_prompt: bool = True
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, fmt: MementoFormat) -> RequestControl:
         """Read and check a request's settings.
 
+        ``{"memento": {"keep_last_n": 1}}`` and ``{"memento_keep_last_n": 1}`` mean the same; the second form is for
+        ``vllm_xargs`` of the OpenAI API, which holds plain values only.
+
         Args:
-            extra_args: ``SamplingParams.extra_args``; other keys than ``"memento"`` are none of our business.
+            extra_args: ``SamplingParams.extra_args``; other keys are none of our business.
             fmt: the engine's format, which fills what the request leaves out.
 
         Raises:
             ControlError: for an unknown key or a value of the wrong type or range.
         """
-        settings = (extra_args or {}).get(CONTROL_KEY)
-        if settings is None:
+        settings = _settings(extra_args or {})
+        if not settings:
             return cls(fmt)
-        if not isinstance(settings, Mapping):
-            raise ControlError(f'extra_args["{CONTROL_KEY}"] must be a dictionary, got {settings!r}')
-        known = ("evict", "keep_last_n", "max_block_tokens", "prompt_len")
-        unknown = sorted(str(key) for key in settings if key not in known)
+        unknown = sorted(str(key) for key in settings if key not in _KEYS)
         if unknown:
             raise ControlError(
-                f'extra_args["{CONTROL_KEY}"] has no key {", ".join(unknown)}; the keys are {", ".join(known)}'
+                f'extra_args["{CONTROL_KEY}"] has no key {", ".join(unknown)}; the keys are {", ".join(_KEYS)}'
             )
-        evict = settings.get("evict", True)
-        if not isinstance(evict, bool):
-            raise ControlError(f'extra_args["{CONTROL_KEY}"]["evict"] must be true or false, got {evict!r}')
         keep_last_n = _integer(settings, "keep_last_n", fmt.keep_last_n, lowest=-1)
         cap = settings.get("max_block_tokens", fmt.max_block_tokens)
         max_block_tokens = None if cap is None else _integer(settings, "max_block_tokens", cap, lowest=1)
         prompt_len = _integer(settings, "prompt_len", 0, lowest=0)
+        scan_prompt = _truth(settings, "scan_prompt")
+        if prompt_len and not scan_prompt:
+            raise ControlError(f'extra_args["{CONTROL_KEY}"]: give prompt_len or scan_prompt=false, not both')
         fmt = replace(fmt, keep_last_n=keep_last_n, max_block_tokens=max_block_tokens)
-        return cls(fmt if evict else fmt.without_eviction(), prompt_len)
+        return cls(fmt if _truth(settings, "evict") else fmt.without_eviction(), prompt_len, scan_prompt)
+
+    def unscanned(self, num_prompt_tokens: int) -> int:
+        """How many tokens from the front are not searched for delimiters.
+
+        Raises:
+            ControlError: if `prompt_len` exceeds the prompt.
+        """
+        if self.prompt_len > num_prompt_tokens:
+            raise ControlError(
+                f'extra_args["{CONTROL_KEY}"]["prompt_len"] is {self.prompt_len}, '
+                f"but the prompt has only {num_prompt_tokens} tokens"
+            )
+        return self.prompt_len if self.scan_prompt else num_prompt_tokens
+
+
+_KEYS = ("evict", "keep_last_n", "max_block_tokens", "prompt_len", "scan_prompt")
+
+
+def _settings(extra_args: Mapping[str, Any]) -> dict[str, Any]:
+    nested = extra_args.get(CONTROL_KEY)
+    if nested is not None and not isinstance(nested, Mapping):
+        raise ControlError(f'extra_args["{CONTROL_KEY}"] must be a dictionary, got {nested!r}')
+    prefix = f"{CONTROL_KEY}_"
+    flat = {key.removeprefix(prefix): value for key, value in extra_args.items() if str(key).startswith(prefix)}
+    twice = sorted(set(flat) & set(nested or {}))
+    if twice:
+        raise ControlError(f'{", ".join(twice)} is both in extra_args["{CONTROL_KEY}"] and as "{prefix}{twice[0]}"')
+    return {**(nested or {}), **flat}
+
+
+def _truth(settings: Mapping[str, Any], key: str) -> bool:
+    value = settings.get(key, True)
+    # 0 and 1, because vllm_xargs has no booleans.
+    if not (isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))):
+        raise ControlError(f'extra_args["{CONTROL_KEY}"]["{key}"] must be true or false, got {value!r}')
+    return bool(value)
 
 
 def _integer(settings: Mapping[str, Any], key: str, default: int, lowest: int) -> int:
@@ -105,6 +143,7 @@ class EvictionPlan:
     Attributes:
         control: the request's settings.
         num_prompt_tokens: T_p; positions below it were not generated.
+        max_tokens: the most tokens it may generate.
         events: the evictions known so far, boundaries strictly increasing.
         first_evictable: the first position that may ever be evicted (`NEVER` while no block was opened). Pages that end
             at or before it are the same in every request with these tokens; no other page may be shared.
@@ -118,6 +157,7 @@ class EvictionPlan:
 
     control: RequestControl
     num_prompt_tokens: int
+    max_tokens: int = 0
     events: list[Eviction] = field(default_factory=list)
     first_evictable: int = NEVER
     forced_positions: list[int] = field(default_factory=list)
@@ -130,12 +170,7 @@ class EvictionPlan:
     _scanner: BlockScanner = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.control.prompt_len > self.num_prompt_tokens:
-            raise ControlError(
-                f'extra_args["{CONTROL_KEY}"]["prompt_len"] is {self.control.prompt_len}, '
-                f"but the prompt has only {self.num_prompt_tokens} tokens"
-            )
-        self.scanned = self.control.prompt_len
+        self.scanned = self.control.unscanned(self.num_prompt_tokens)
         self._scanner = BlockScanner(self.control.fmt)
 
     def observe(self, token_ids: Sequence[int]) -> None:
@@ -144,6 +179,8 @@ class EvictionPlan:
         Raises:
             EvictionFault: if a block ran past the cap, so the logits processor that closes it is not at work.
         """
+        if self.scanned >= len(token_ids):
+            return
         fmt, scanner = self.control.fmt, self._scanner
         for position in range(self.scanned, len(token_ids)):
             token = token_ids[position]
@@ -159,7 +196,7 @@ class EvictionPlan:
                 self.events.append(event)
             elif token == fmt.block_start and fmt.evicts and self.first_evictable == NEVER:
                 self.first_evictable = position + (0 if fmt.evict_delimiters else 1)
-        self.scanned = max(self.scanned, len(token_ids))
+        self.scanned = len(token_ids)
 
     def due(self, num_computed_tokens: int) -> Eviction | None:
         """The eviction that must happen before position `num_computed_tokens` is computed, if any.

@@ -15,6 +15,9 @@ def eviction_args(
     fmt: MementoFormat,
     *,
     max_resident_tokens: int | None = None,
+    reserve_peaks: bool = True,
+    restart: bool = False,
+    async_scheduling: bool = False,
     logits_processors: Sequence[str | type] = (),
     additional_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -32,14 +35,20 @@ def eviction_args(
         fmt: the delimiters and the default eviction of every request.
         max_resident_tokens: physical tokens that one request may hold; a request that outgrows them stops with finish
             reason ``length``. None for as many as the KV pool has.
+        reserve_peaks: admit a request only if the expected peak of all running ones fits with it, so that hardly any is
+            ever preempted (`memento.rollout.admission`).
+        restart: after an eviction compute everything behind the block again, without it. An ablation, synchronous and
+            on the V1 model runner only.
+        async_scheduling: schedule a step while the last one runs; needs the V2 model runner.
         logits_processors: the engine's other logits processors; the block cap comes last, so none of them can undo it.
         additional_config: the engine's other ``additional_config`` entries.
     """
-    options = EvictionOptions(fmt, max_resident_tokens)
+    options = EvictionOptions(fmt, max_resident_tokens, reserve_peaks, restart)
+    scheduler = "EvictingAsyncScheduler" if async_scheduling else "EvictingScheduler"
     return {
-        "scheduler_cls": "memento.rollout.scheduler.EvictingScheduler",
+        "scheduler_cls": f"memento.rollout.scheduler.{scheduler}",
         "worker_cls": "memento.rollout.worker.EvictingWorker",
-        "async_scheduling": False,
+        "async_scheduling": async_scheduling,
         "enable_prefix_caching": True,
         "logits_processors": [*logits_processors, BLOCK_CAP],
         "additional_config": {**(additional_config or {}), CONFIG_KEY: options.to_dict()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,7 @@ class EvictionStats:
     """One finished request of T tokens, T_p of them prompt.
 
     They travel in ``RequestOutput.kv_transfer_params["memento"]``, the one free dictionary that vLLM brings from the
-    engine core to the caller, in-process and across processes. An aborted request has none, and a request with
-    ``SamplingParams.n > 1`` only those of one of its samples: send one request for each sample.
+    engine core to the caller, in-process and across processes. An aborted request has none.
 
     Attributes:
         evictions: those carried out, in order: every one whose boundary was computed. The last sampled token is never
@@ -72,13 +73,55 @@ class EvictionStats:
         )
 
 
-def eviction_stats(request_output: RequestOutput) -> EvictionStats:
+_SAMPLES_KEY = f"{CONTROL_KEY}_samples"
+
+
+class SampleStatistics:
+    """Brings the statistics of all samples of a request with ``n > 1`` together.
+
+    vLLM runs each sample as a request of its own, called ``<index>_<id of the request>``, and hands the caller the
+    dictionary of the sample that finishes last. So every sample brings along those of the samples before it.
+    """
+
+    def __init__(self) -> None:
+        self._families: OrderedDict[str, dict[str, dict[str, Any]]] = OrderedDict()
+
+    def payload(self, request_id: str, stats: EvictionStats) -> dict[str, Any]:
+        """What the output of this request, or sample, carries."""
+        fields = stats.to_dict()
+        member = re.fullmatch(r"(\d+)_(.+)", request_id)
+        if member is None:
+            return {CONTROL_KEY: fields}
+        index, family_id = member.groups()
+        family = self._families.setdefault(family_id, {})
+        family[index] = fields
+        self._families.move_to_end(family_id)
+        if len(self._families) > _FAMILIES_KEPT:  # aborted half-way, or no family at all but an id that looks like one
+            self._families.popitem(last=False)
+        return {CONTROL_KEY: fields, _SAMPLES_KEY: dict(family)}
+
+
+_FAMILIES_KEPT = 1024
+
+
+def eviction_stats(request_output: RequestOutput, sample: int | None = None) -> EvictionStats:
     """The statistics of a finished request.
+
+    Args:
+        request_output: as vLLM returns it.
+        sample: which of its samples, where ``SamplingParams.n > 1``.
 
     Raises:
         MissingStats: if there are none: the request is unfinished or was aborted, or its engine does not evict.
     """
-    fields = (request_output.kv_transfer_params or {}).get(CONTROL_KEY)
+    transfer = request_output.kv_transfer_params or {}
+    if sample is None and len(request_output.outputs) > 1:
+        raise MissingStats(
+            f"request {request_output.request_id} has {len(request_output.outputs)} samples: say which, sample=0, ..."
+        )
+    fields = transfer.get(CONTROL_KEY) if sample is None else transfer.get(_SAMPLES_KEY, {}).get(str(sample))
+    if fields is None and sample == 0 and len(request_output.outputs) == 1:
+        fields = transfer.get(CONTROL_KEY)
     if fields is None:
         state = "finished" if request_output.finished else "not finished"
         raise MissingStats(

@@ -20,14 +20,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from memento.rollout.admission import Admission
 from memento.rollout.compatibility import check_config, check_vllm
 from memento.rollout.kv_manager import EvictingManager, manager_of
 from memento.rollout.options import EvictionOptions
-from memento.rollout.plan import CONTROL_KEY, Compaction, ControlError, EvictionPlan, EvictionStep, RequestControl
-from memento.rollout.request_statistics import summarize
+from memento.rollout.plan import Compaction, ControlError, EvictionPlan, EvictionStep, RequestControl
+from memento.rollout.request_statistics import SampleStatistics, summarize
+from memento.rollout.stat_logger import EngineCounters
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
 
     _Base = Scheduler
@@ -51,17 +54,30 @@ class EvictionMixin(_Base):
         self._rejected: dict[str, str] = {}
         self._rejections: list[tuple[int, EngineCoreOutput]] = []
         self._manager: EvictingManager = manager_of(self.kv_cache_manager.coordinator.single_type_managers)
+        self._samples = SampleStatistics()
+        self._counters = EngineCounters()
         manager, pool = self._manager, self.kv_cache_manager.block_pool
+        if self.eviction.reserve_peaks:
+            manager.admission = Admission(manager.block_size)
+            self.scheduler_reserve_full_isl = True  # the seam at which admission asks how much a request needs
         # One page of the pool is vLLM's null page.
         self._page_limit = pool.num_gpu_blocks - 1
         if self.eviction.max_resident_tokens is not None:
             self._page_limit = min(self._page_limit, -(-self.eviction.max_resident_tokens // manager.block_size))
+        self._limit_tokens = self._page_limit * manager.block_size
+        fmt = self.eviction.fmt
         logger.info(
             "KV eviction is live: finished blocks leave the cache (keep_last_n=%d, evict_delimiters=%s, "
-            "max_block_tokens=%s); at most %d pages of %d tokens a request",
-            self.eviction.fmt.keep_last_n,
-            self.eviction.fmt.evict_delimiters,
-            self.eviction.fmt.max_block_tokens,
+            "max_block_tokens=%s, %s); %s scheduling, V%d model runner, admission by %s; at most %d pages of %d tokens "
+            "a request. Supported: prompt prefix caching, chunked prefill, preemption, n > 1, prompt_logprobs, tensor "
+            "parallelism, full and sliding-window attention",
+            fmt.keep_last_n,
+            fmt.evict_delimiters,
+            fmt.max_block_tokens,
+            "restart: kept tokens are computed again" if self.eviction.restart else "mementos keep their KV",
+            "asynchronous" if self.scheduler_config.async_scheduling else "synchronous",
+            2 if self.vllm_config.use_v2_model_runner else 1,
+            "expected peaks" if self.eviction.reserve_peaks else "free pages",
             self._page_limit,
             manager.block_size,
         )
@@ -86,8 +102,12 @@ class EvictionMixin(_Base):
         if params is None or request.prompt_token_ids is None or request.resumable:
             raise ControlError("this engine evicts KV and takes plain token prompts for generation only")
         control = RequestControl.from_extra_args(params.extra_args, self.eviction.fmt)
-        plan = EvictionPlan(control, request.num_prompt_tokens)
+        plan = EvictionPlan(control, request.num_prompt_tokens, request.max_tokens)
         plan.observe(request._all_token_ids)
+        if self.eviction.restart and plan.events and params.prompt_logprobs is not None:
+            raise ControlError(
+                "prompt_logprobs of a prompt with blocks are computed twice in restart mode: leave them out"
+            )
         pages = self._pages(plan.peak_tokens(request.num_tokens))
         if pages > self._page_limit:
             raise ControlError(
@@ -121,7 +141,11 @@ class EvictionMixin(_Base):
         plan.observe(request._all_token_ids)
         # A block that never closes would need more pages than there are, preempt everybody, itself last, and start
         # again for ever.
-        if not stopped and self._pages(plan.resident_tokens(request.num_tokens)) > self._page_limit:
+        if (
+            not stopped
+            and request.num_tokens - plan.evicted > self._limit_tokens  # a bound, and cheap
+            and plan.resident_tokens(request.num_tokens) > self._limit_tokens
+        ):
             request.status = RequestStatus.FINISHED_LENGTH_CAPPED
             request.stop_reason = KV_LIMIT
             stopped = True
@@ -139,7 +163,16 @@ class EvictionMixin(_Base):
             preemptions=request.num_preemptions,
             kv_limit=request.stop_reason == KV_LIMIT,
         )
-        return {**(transfer or {}), CONTROL_KEY: stats.to_dict()}, other
+        if self._manager.admission is not None:
+            self._manager.admission.finished(plan, request.num_tokens)
+        self._counters.finished(stats)
+        return {**(transfer or {}), **self._samples.payload(request.request_id, stats)}, other
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._counters.attach(stats, self._manager.admission)
+        return stats
 
     # One step.
 
@@ -161,12 +194,20 @@ class EvictionMixin(_Base):
     def _compact_due(self) -> list[Compaction]:
         if self._pause_state == PauseState.PAUSED_ALL:
             return []
-        compactions = []
+        manager, compactions = self._manager, []
         for request in self.running:
-            plan = self._manager.plans[request.request_id]
+            plan = manager.plans[request.request_id]
+            if plan.applied == len(plan.events):
+                continue
             event = plan.due(request.num_computed_tokens)
-            if event is not None:
-                compactions.append(self._manager.compact(request.request_id, event))
+            if event is None:
+                continue
+            if self.eviction.restart:
+                compactions.append(manager.rewind(request.request_id, event))
+                request.num_computed_tokens = event.end
+            else:
+                compactions.append(manager.compact(request.request_id, event))
+            self._counters.evicted(event.end - event.start, plan.pages_freed[plan.applied - 1])
         return compactions
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:

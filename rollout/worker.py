@@ -1,8 +1,8 @@
 """The worker side of eviction: move KV inside the cache, and hide the evicted tokens from attention.
 
-A worker's `init_device` puts `EvictingRunner` on the class of the model runner it built, so the same few hooks serve
-the CPU and the GPU runner. Positions, token ids and sampling stay logical; physical are only ``seq_lens``,
-``slot_mapping`` and the block table.
+A worker's `init_device` puts `EvictingRunnerV1` or `EvictingRunnerV2` on the class of the model runner it built, so the
+same few hooks serve the CPU and the GPU runner. Positions, token ids and sampling stay logical; physical are only
+``seq_lens``, ``slot_mapping`` and the block table.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from memento.rollout.plan import EvictionFault, EvictionStep
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheSpec
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
-    _Runner = GPUModelRunner
+    _Runner = RunnerV1
 else:
-    _Runner = object
+    _Runner = RunnerV1 = RunnerV2 = object
 
 logger = init_logger("vllm.memento")
 
 
 class EvictingRunner(_Runner):
-    """The hooks over vLLM's V1 model runner. `self` is a stock runner whose class was extended."""
+    """The hooks that both model runners share. `self` is a stock runner whose class was extended."""
 
     _evicted: dict[str, int]
     _caches: list[PagedCache] | None
@@ -57,7 +59,8 @@ class EvictingRunner(_Runner):
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         step: EvictionStep | None = getattr(scheduler_output, "memento", None)
         if step is None:
-            if scheduler_output.total_num_scheduled_tokens:
+            # A dummy run is the V2 runner warming up or capturing graphs, not a step.
+            if scheduler_output.total_num_scheduled_tokens and not kwargs.get("dummy_run"):
                 raise EvictionFault("a step came without its evictions: is scheduler_cls set by eviction_args()?")
             step = EvictionStep()
         if step.compactions:
@@ -70,11 +73,21 @@ class EvictingRunner(_Runner):
         # a compaction and given to another request in the same step is still intact.
         if self._caches is None:
             self._caches = paged_caches(self)
-        moves = Moves.of([(c.source_slots, c.target_slots) for c in step.compactions], self.device)
+        moves = Moves.of(
+            [(c.source_slots, c.target_slots) for c in step.compactions if len(c.source_slots)], self.device
+        )
         for cache in self._caches:
             compact(cache, moves)
         for compaction in step.compactions:
             self._truncate(compaction.request_id, compaction.num_pages)
+
+    def _truncate(self, request_id: str, num_pages: int) -> None:
+        """Forget the freed pages: the request's block table has `num_pages` now."""
+        raise NotImplementedError
+
+
+class EvictingRunnerV1(EvictingRunner):
+    """The hooks over the V1 runner: the CPU's default, elsewhere with ``VLLM_USE_V2_MODEL_RUNNER=0``."""
 
     def _truncate(self, request_id: str, num_pages: int) -> None:
         for block_ids in self.requests[request_id].block_ids:
@@ -131,6 +144,52 @@ class EvictingRunner(_Runner):
             self.input_batch.generators = generators
 
 
+class EvictingRunnerV2(EvictingRunner, RunnerV2):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    """The hooks over the V2 runner, whose requests live in slots of persistent tensors.
+
+    ``seq_lens`` is such a tensor, and CUDA graphs read it: it is made physical in place before attention is prepared,
+    and logical again before sampling, which compares it with prompt lengths. ``positions`` stays logical for RoPE.
+    """
+
+    _hidden: tuple[torch.Tensor, torch.Tensor] | None
+    """int32 [num_reqs], on the host and on the device: what `seq_lens` lacks at the moment."""
+
+    def _truncate(self, request_id: str, num_pages: int) -> None:
+        self.block_tables.num_blocks.np[:, self.req_states.req_id_to_index[request_id]] = num_pages
+
+    def prepare_attn(self, input_batch: InputBatch) -> Any:
+        evicted = np.array([self._evicted.get(request_id, 0) for request_id in input_batch.req_ids], dtype=np.int32)
+        if not evicted.any():
+            self._hidden = None
+            return super().prepare_attn(input_batch)
+        on_host = torch.from_numpy(evicted)
+        self._hidden = on_host, on_host.to(self.device)
+        self._shift_lengths(input_batch, -1)
+        logical = input_batch.positions
+        physical = logical.clone()
+        of_tokens = torch.from_numpy(np.repeat(evicted, input_batch.num_scheduled_tokens))
+        physical[: len(of_tokens)] -= of_tokens.to(self.device, logical.dtype)
+        input_batch.positions = physical
+        try:
+            return super().prepare_attn(input_batch)
+        finally:
+            input_batch.positions = logical
+
+    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
+        if self._hidden is not None:
+            self._shift_lengths(input_batch, +1)
+            self._hidden = None
+        return super().sample(hidden_states, input_batch, *args, **kwargs)
+
+    def _shift_lengths(self, input_batch: InputBatch, sign: int) -> None:
+        assert self._hidden is not None
+        on_host, on_device = self._hidden
+        input_batch.seq_lens[: input_batch.num_reqs] += sign * on_device
+        upper_bound = input_batch.seq_lens_cpu_upper_bound
+        if upper_bound is not None:
+            upper_bound[: input_batch.num_reqs] += sign * on_host
+
+
 class EvictingWorker(StockWorker):
     """``worker_cls``: the platform's own worker with a runner that evicts."""
 
@@ -139,8 +198,11 @@ class EvictingWorker(StockWorker):
         check_config(self.vllm_config)
         super().init_device()
         runner: Any = self.model_runner
-        check_runner(type(runner))
-        runner.__class__ = type(f"Evicting{type(runner).__name__}", (EvictingRunner, type(runner)), {})
+        v2 = self.vllm_config.use_v2_model_runner
+        check_runner(type(runner), v2)
+        hooks = EvictingRunnerV2 if v2 else EvictingRunnerV1
+        runner.__class__ = type(f"Evicting{type(runner).__name__}", (hooks, type(runner)), {})
         runner._evicted = {}
         runner._caches = None
+        runner._hidden = None
         logger.info("KV eviction is live in worker %d (%s)", self.rank, type(runner).__name__)

@@ -18,6 +18,7 @@ from memento.rollout.compatibility import (
     check_attention_spec,
     check_config,
     check_hooks,
+    check_runner,
     check_version,
     check_vllm,
 )
@@ -47,7 +48,14 @@ def config_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def test_the_installed_vllm_has_every_hook():
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPURunnerV2
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as CPURunnerV1
+
     check_vllm()
+    check_runner(CPURunnerV1, v2=False)
+    check_runner(CPURunnerV2, v2=True)
+    with pytest.raises(Unsupported, match=r"not vllm\.v1\.worker\.cpu_model_runner\.CPUModelRunner"):
+        check_runner(CPURunnerV1, v2=True)
 
 
 def test_a_supported_configuration_passes_and_carries_the_options(config_of):
@@ -74,11 +82,32 @@ def test_unsupported_features_are_named(config_of, changes, name):
         check_config(config_of(**changes))
 
 
-def test_the_v2_runner_is_refused_with_the_way_out(config_of, monkeypatch):
-    config = config_of()
+def test_runner_scheduling_and_restart_go_together_or_are_refused_with_the_way_out(config_of, monkeypatch):
+    config, restart = config_of(), config_of(additional_config=eviction_args(FMT, restart=True)["additional_config"])
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(Unsupported, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+    check_config(config)
+    with pytest.raises(Unsupported, match=r"restart mode with the V2 model runner .VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_config(restart)
+    for either in (config, restart):
+        either.scheduler_config.async_scheduling = True
+    check_config(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(Unsupported, match=r"asynchronous scheduling with the V1 model runner .async_scheduling=False"):
         check_config(config)
+    with pytest.raises(Unsupported, match="restart mode with asynchronous scheduling"):
+        check_config(restart)
+
+
+def test_every_other_feature_is_refused_by_name(config_of):
+    """Those that a machine without GPUs cannot even configure: the checks read the finished configuration."""
+    config = config_of()
+    config.parallel_config.decode_context_parallel_size = 2
+    config.parallel_config.enable_dbo = True
+    config.kv_transfer_config = config.ec_transfer_config = object()
+    with pytest.raises(Unsupported) as refused:
+        check_config(config)
+    for name in ("decode context parallelism", "dual-batch overlap", "KV connectors", "encoder connectors"):
+        assert name in str(refused.value)
 
 
 def test_an_engine_that_was_not_configured_to_evict_says_so(config_of):
@@ -109,15 +138,20 @@ def test_a_renamed_hook_is_noticed():
         check_hooks(Renamed, {"add_request": ("request",)})
 
 
-def test_only_plain_full_attention():
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+def test_only_full_attention_and_sliding_windows():
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
     shape: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
     check_attention_spec("layers.0", FullAttentionSpec(**shape))
-    with pytest.raises(Unsupported, match=r"layers.1 is SlidingWindowSpec"):
-        check_attention_spec("layers.1", SlidingWindowSpec(**shape, sliding_window=64))
-    with pytest.raises(Unsupported, match="sliding_window=64"):
-        check_attention_spec("layers.2", FullAttentionSpec(**shape, sliding_window=64))
+    check_attention_spec("layers.1", SlidingWindowSpec(**shape, sliding_window=64))
+    with pytest.raises(Unsupported, match=r"layers\.2 is MambaSpec"):
+        check_attention_spec("layers.2", MambaSpec(shapes=((2, 2),), dtypes=(torch.float32,), block_size=32))
+    with pytest.raises(Unsupported, match=r"layers\.3 is ChunkedLocalAttentionSpec"):
+        check_attention_spec("layers.3", ChunkedLocalAttentionSpec(**shape, attention_chunk_size=64))
+    with pytest.raises(Unsupported, match=r"chunked local attention of layers\.4"):
+        check_attention_spec("layers.4", FullAttentionSpec(**shape, attention_chunk_size=64))
+    with pytest.raises(Unsupported, match=r"non-causal attention of layers\.5"):
+        check_attention_spec("layers.5", FullAttentionSpec(**shape, non_causal=True))
 
 
 def test_options_are_checked():

@@ -1,17 +1,12 @@
 """A stock vLLM that evicts, against a Hugging Face forward with the memento mask: the same log-prob for every token.
 
-The reference knows nothing of pages: one eager fp32 forward over the whole trace, a dense mask from `visible_until` and
-the original position ids. The engine generates scripted tokens (or samples), one by one, under batching, chunked
-prefill, prefix caching and preemption. The largest difference anywhere must stay below 1e-4; a mask that is wrong by a
-single query row gives about 0.1, which the last test of this file checks.
+`tests.rollout.scripted` has the reference and the requests. The largest difference anywhere must stay below 1e-4; a
+mask that is wrong by a single query row gives about 0.1, which one test of this file checks.
 """
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,248 +14,60 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-# In-process, one thread: engines start in two seconds and several of them fit on a small machine. They share the
-# process's distributed groups, and the first one that is shut down takes these away: hence module-wide fixtures.
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    OMP_NUM_THREADS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-)
 
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from vllm import LLM, SamplingParams
+from transformers import PreTrainedModel
+from vllm import LLM
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from memento.format import MementoFormat, evictions, kv_profile, visible_until
+from memento.format import visible_until
 from memento.kernels.compaction import Moves, PagedCache, compact
-from memento.rollout import EvictionStats, eviction_args, eviction_stats
+from memento.rollout import eviction_stats
 from memento.rollout.kv_layout import learn_packing
 from memento.rollout.request_statistics import MissingStats
-
-PAGE, VOCAB, LAYERS, KV_HEADS, HEAD = 32, 64, 3, 2, 32
-FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
-START, END, SUMMARY, CLOSE = FMT.delimiter_ids
-TOLERANCE = 1e-4
-
-
-class Scripted(AdapterLogitsProcessor):
-    """Makes a request generate ``extra_args["script"]``, so that blocks lie where a test wants them."""
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def new_req_logits_processor(self, params: SamplingParams) -> Any:
-        script = (params.extra_args or {}).get("script")
-        if script is None:
-            return None
-
-        def force(output_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-            if len(output_ids) < len(script):
-                logits[:] = float("-inf")
-                logits[script[len(output_ids)]] = 0.0
-            return logits
-
-        return force
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("qwen3"))
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD,
-        max_position_embeddings=4096,
-    )
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
-    return folder
+from tests.rollout.scripted import (
+    CLOSE,
+    DELIMITERS_TOO,
+    END,
+    FMT,
+    PAGE,
+    START,
+    SUMMARY,
+    TALLY,
+    TOLERANCE,
+    Case,
+    assert_pool_is_full,
+    block,
+    blocks,
+    check,
+    check_output,
+    differences,
+    engine,
+    malformed,
+    qwen3,
+    run,
+    scheduler_of,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir: str) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM.from_pretrained(model_dir, attn_implementation="eager", dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def reference_logprobs(model: Qwen3ForCausalLM, token_ids: Sequence[int], limits: np.ndarray) -> torch.Tensor:
-    """[T - 1]: the log-prob of each token but the first, under ``k <= q < limits[k]``."""
-    ids = torch.tensor(token_ids)
-    query = torch.arange(len(ids))
-    visible = (query[None] <= query[:, None]) & (query[:, None] < torch.from_numpy(limits)[None])
-    bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    logits = model(ids[None], attention_mask=bias[None, None], position_ids=query[None]).logits[0]
-    return logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-
-
-def engine(model_dir: str, fmt: MementoFormat, pages: int, **settings: Any) -> LLM:
-    page_bytes = LAYERS * 2 * KV_HEADS * HEAD * 4 * PAGE
-    everywhere: dict[str, Any] = {
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "enforce_eager": True,
-        "block_size": PAGE,
-        "kv_cache_memory_bytes": pages * page_bytes,
-        "max_model_len": 2048,
-        "max_num_seqs": 24,
-    }
-    return LLM(model_dir, **everywhere | eviction_args(fmt, logits_processors=[Scripted]) | settings)
+def reference() -> PreTrainedModel:
+    return qwen3()[1]
 
 
 @pytest.fixture(scope="module")
-def roomy(model_dir: str) -> Iterator[LLM]:
-    """Everything fits."""
-    llm = engine(model_dir, FMT, pages=400)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+def roomy() -> LLM:
+    return engine("roomy")
 
 
 @pytest.fixture(scope="module")
-def tight(model_dir: str) -> Iterator[LLM]:
-    """25 usable pages, 800 tokens, for requests of up to 2048; prompts enter in chunks of at most 48 tokens."""
-    llm = engine(model_dir, FMT, pages=26, max_num_batched_tokens=48, max_num_seqs=16)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-
-
-DELIMITERS_TOO = MementoFormat(*FMT.delimiter_ids, evict_delimiters=True, max_block_tokens=64)
+def tight() -> LLM:
+    return engine("tight")
 
 
 @pytest.fixture(scope="module")
-def delimiters_too(model_dir: str) -> Iterator[LLM]:
-    """Evicts the block's own delimiters and caps every block."""
-    llm = engine(model_dir, DELIMITERS_TOO, pages=40, max_num_batched_tokens=64, max_num_seqs=16)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-
-
-def scheduler_of(llm: LLM) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-
-
-def assert_pool_is_full(llm: LLM) -> None:
-    pool, manager = scheduler_of(llm).kv_cache_manager.block_pool, scheduler_of(llm)._manager
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    assert not manager.plans and not manager.req_to_blocks
-
-
-@dataclass
-class Case:
-    """One request: `prompt`, then `script` as its completion (or `sampled` tokens), with its own settings."""
-
-    prompt: list[int]
-    script: list[int] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    prompt_logprobs: bool = False
-    sampled: int = 0
-    seed: int | None = None
-
-    def params(self) -> SamplingParams:
-        extra: dict[str, Any] = {"memento": self.settings} if self.settings else {}
-        if self.script is not None:
-            extra["script"] = self.script
-        return SamplingParams(
-            max_tokens=len(self.script) if self.script is not None else self.sampled,
-            temperature=1.0,
-            seed=self.seed,
-            logprobs=0,
-            prompt_logprobs=0 if self.prompt_logprobs else None,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra or None,
-        )
-
-
-def format_of(case: Case, fmt: MementoFormat) -> MementoFormat:
-    keep = case.settings.get("keep_last_n", fmt.keep_last_n) if case.settings.get("evict", True) else -1
-    return MementoFormat(*fmt.delimiter_ids, fmt.evict_delimiters, keep_last_n=keep)
-
-
-def run(llm: LLM, cases: Sequence[Case]) -> list[Any]:
-    outputs = llm.generate(
-        [{"prompt_token_ids": case.prompt} for case in cases], [case.params() for case in cases], use_tqdm=False
-    )
-    assert_pool_is_full(llm)
-    return outputs
-
-
-def differences(model: Qwen3ForCausalLM, case: Case, output: Any, limits: np.ndarray) -> float:
-    """The largest |engine - reference| over all log-probs that the output carries."""
-    completion = output.outputs[0]
-    trace = [*case.prompt, *completion.token_ids]
-    expected = reference_logprobs(model, trace, limits)
-    worst = 0.0
-    for i, token in enumerate(completion.token_ids):
-        worst = max(worst, abs(completion.logprobs[i][token].logprob - expected[len(case.prompt) + i - 1].item()))
-    if case.prompt_logprobs:
-        for position in range(1, len(case.prompt)):
-            got = output.prompt_logprobs[position][trace[position]].logprob
-            worst = max(worst, abs(got - expected[position - 1].item()))
-    return worst
-
-
-def check(llm: LLM, model: Qwen3ForCausalLM, cases: Sequence[Case], fmt: MementoFormat = FMT) -> list[EvictionStats]:
-    """Run the cases together; compare every log-prob, every eviction and every count with the expected ones."""
-    all_stats = []
-    for case, output in zip(cases, run(llm, cases), strict=True):
-        completion = list(output.outputs[0].token_ids)
-        if case.script is not None and not case.settings.get("max_block_tokens"):
-            assert completion == case.script
-        trace, case_fmt = [*case.prompt, *completion], format_of(case, fmt)
-        unscanned = case.settings.get("prompt_len", 0)
-        assert differences(model, case, output, visible_until(trace, case_fmt, unscanned)) < TOLERANCE
-        stats, profile = eviction_stats(output), kv_profile(trace, case_fmt, unscanned)
-        # The last sampled token is never computed, so nothing is evicted for its sake.
-        expected = [event for event in evictions(trace, case_fmt, unscanned) if event[0] <= len(trace) - 2]
-        assert list(stats.evictions) == expected
-        assert stats.tokens_evicted == sum(end - start for _, start, end in expected)
-        assert stats.peak_pages == -(-int(profile.resident_T[:-1].max()) // PAGE), "more pages held than the ideal"
-        assert stats.peak_tokens == profile.peak_tokens
-        assert stats.area == int(profile.resident_T[len(case.prompt) :].sum())
-        all_stats.append(stats)
-    return all_stats
-
-
-# Traces.
-
-
-def words(rng: random.Random, low: int, high: int) -> list[int]:
-    return [rng.randrange(5, VOCAB) for _ in range(rng.randint(low, high))]
-
-
-def block(rng: random.Random, low: int = 20, high: int = 90) -> list[int]:
-    return [START, *words(rng, low, high), END, SUMMARY, *words(rng, 3, 12), CLOSE]
-
-
-def blocks(rng: random.Random, count: int, low: int = 20, high: int = 90) -> list[int]:
-    """`count` blocks with a little plain text around them."""
-    return [token for _ in range(count) for token in [*block(rng, low, high), *words(rng, 0, 6)]]
-
-
-def malformed(rng: random.Random) -> list[list[int]]:
-    x = [words(rng, 15, 40) for _ in range(4)]
-    return [
-        [START, *x[0], START, *x[1], END, SUMMARY, *x[2], CLOSE, *x[3]],  # a block abandoned by a new one
-        [START, *x[0], END, *x[1], SUMMARY, *x[2], CLOSE, *x[3]],  # text before the memento
-        [*x[0], END, SUMMARY, *x[1], CLOSE, *x[2], *block(rng), *x[3]],  # a memento of nothing
-        [START, *x[0], END, SUMMARY, *x[1], START, *x[2], END, SUMMARY, *x[3], CLOSE, 7, 8],  # an abandoned memento
-        [START, END, SUMMARY, *x[0], CLOSE, *block(rng), SUMMARY, *x[1], CLOSE, 9],  # an empty block
-        [START, *x[0], END, SUMMARY, SUMMARY, *x[1], END, CLOSE, CLOSE, *x[2]],  # everything twice
-        [*block(rng), START, *x[0]],  # never closed
-        [*block(rng), *x[0], CLOSE],  # ends with a delimiter out of order
-        block(rng),  # ends with the one that would evict
-        [*block(rng), 7],  # the evicting token is the last but one
-        [*block(rng), 7, 8],
-    ]
-
-
-# The tests.
+def delimiters_too() -> LLM:
+    return engine("delimiters_too")
 
 
 def test_concurrent_sequences(roomy, reference):
@@ -443,6 +250,79 @@ def test_abort(tight, reference):
     check(tight, reference, cases[:3])
 
 
+def test_samples_of_one_request(tight, reference):
+    """n > 1: every sample evicts for itself, over one prompt, and the statistics of all of them come back."""
+    rng = random.Random(15)
+    prompt = [*words(rng, 70, 70), *block(rng)]
+    cases = [
+        Case(prompt, [*blocks(rng, 3), 9, 9]),
+        Case(prompt, sampled=120, seed=5),
+        Case(prompt, [*blocks(rng, 2), 9], prompt_logprobs=True),
+    ]
+    outputs = tight.generate(
+        [{"prompt_token_ids": case.prompt} for case in cases], [case.params(n=4) for case in cases], use_tqdm=False
+    )
+    assert_pool_is_full(tight)
+    for case, output in zip(cases, outputs, strict=True):
+        for sample in range(4):
+            assert check_output(reference, case, output, sample=sample).evictions
+        with pytest.raises(MissingStats, match="has 4 samples"):
+            eviction_stats(output)
+    assert len({tuple(completion.token_ids) for completion in outputs[1].outputs}) == 4
+
+
+def test_a_users_text_may_spell_a_delimiter(roomy, reference):
+    """What a user wrote is a prompt and not a trace: it stays visible, whatever tokens it holds."""
+    rng = random.Random(16)
+    prompt = [*words(rng, 20, 20), *block(rng), START, *words(rng, 30, 30)]
+    script = [END, SUMMARY, 9, CLOSE, *blocks(rng, 2), 9]
+    opaque, counted, scanned = check(
+        roomy,
+        reference,
+        [
+            Case(prompt, script, {"scan_prompt": False}),
+            Case(prompt, script, {"prompt_len": len(prompt)}),
+            Case(prompt, script),
+        ],
+    )
+    assert opaque.evictions == counted.evictions and len(opaque.evictions) == 2
+    assert len(scanned.evictions) == 4, "as a trace, it holds one block and the beginning of another"
+
+
+def test_aborts_at_every_stage(tight, reference):
+    """Waiting, in the middle of a chunked prompt, before and after an eviction, preempted: nothing is left over."""
+    rng = random.Random(17)
+    llm_engine = tight.llm_engine
+    cases = [Case([*words(rng, 60, 90), *block(rng)], [*blocks(rng, 2, 20, 40), 9]) for _ in range(40)]
+    alive, serial, stages = {}, 0, set()
+    for step in range(220):
+        if serial < len(cases) and step % 4 == 0:
+            llm_engine.add_request(f"a-{serial}", {"prompt_token_ids": cases[serial].prompt}, cases[serial].params())
+            alive[f"a-{serial}"] = serial
+            serial += 1
+        if alive and step % 5 == 3:
+            there = {
+                name: r for name in alive for i, r in scheduler_of(tight).requests.items() if i.startswith(f"{name}-")
+            }
+            preempted = sorted(name for name, r in there.items() if r.status.name == "PREEMPTED")
+            victim = rng.choice(preempted or sorted(there))
+            request = there[victim]
+            plan = scheduler_of(tight)._manager.plans[request.request_id]
+            stages.add((request.status.name, bool(plan.applied), request.num_computed_tokens < len(cases[0].prompt)))
+            del alive[victim]
+            llm_engine.abort_request([victim])
+        for output in llm_engine.step():
+            if output.finished and output.request_id in alive:
+                check_output(reference, cases[alive.pop(output.request_id)], output)
+    llm_engine.abort_request(list(alive))
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+    llm_engine.step()
+    assert_pool_is_full(tight)
+    assert {"WAITING", "RUNNING", "PREEMPTED"} <= {status for status, *_ in stages}
+    assert {True, False} == {evicted for _, evicted, _ in stages}
+
+
 def test_reset_of_running_requests_replays_them(tight, reference):
     """What a weight update does: every running request loses its cache and is computed again, evictions included."""
     rng = random.Random(12)
@@ -492,9 +372,9 @@ def test_a_mask_wrong_by_one_query_would_be_seen(roomy, reference):
     shifted = np.where(limits < len(limits), limits - 1, limits)
     late = np.where(limits < len(limits), limits + 1, limits)
     assert differences(reference, case, output, limits) < TOLERANCE
-    assert differences(reference, case, output, shifted) > 0.01
-    assert differences(reference, case, output, late) > 0.01
-    assert differences(reference, case, output, np.full_like(limits, len(limits))) > 0.01
+    assert differences(reference, case, output, shifted, tally=False) > 0.01
+    assert differences(reference, case, output, late, tally=False) > 0.01
+    assert differences(reference, case, output, np.full_like(limits, len(limits)), tally=False) > 0.01
 
 
 @pytest.mark.parametrize(("isa", "page_tokens"), [("vec", 32), ("vec", 128), ("vec16", 16), ("vec16", 48)])
@@ -521,3 +401,10 @@ def test_moving_tokens_is_the_same_as_writing_them_elsewhere(isa, page_tokens, d
     page, element = target[:, None] // page_tokens, learn_packing(isa, page_tokens, 2 * head_size, dtype)
     place = page, slice(None), element[target % page_tokens]
     assert torch.equal(moved.view(pages, heads, -1)[place], expected.view(pages, heads, -1)[place])
+
+
+def test_zzz_enough_was_compared():
+    """Last in this file: all of the above, in tokens."""
+    assert TALLY.scored_tokens >= 10_000
+    assert TALLY.worst < TOLERANCE
+    assert TALLY.preemptions > 50

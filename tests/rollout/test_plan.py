@@ -131,7 +131,7 @@ def test_what_a_request_may_choose():
     ("settings", "message"),
     [
         ({"keep_last": 1}, "no key keep_last; the keys are"),
-        ({"evict": 1}, "true or false"),
+        ({"evict": 2}, "true or false"),
         ({"keep_last_n": -2}, "at least -1"),
         ({"max_block_tokens": 0}, "at least 1"),
         ({"prompt_len": True}, "integer"),
