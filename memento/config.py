@@ -158,8 +158,12 @@ class RolloutConfig(Section):
     max_num_batched_tokens: int | None = Field(default=None, gt=0)
     enforce_eager: bool = True
     """No CUDA graphs, no compilation."""
+    engine_process: bool = False
+    """Run the engine core in a process of its own (vLLM's AsyncLLM), apart from the actor's Python."""
     start_timeout_s: float = Field(default=600, gt=0)
     """An engine that is not up by then fails the run, with the reason."""
+    progress_timeout_s: float = Field(default=300, gt=0)
+    """An engine that has work and makes no step for so long, or does not answer, is killed and started again."""
     request_timeout_s: float = Field(default=3600, gt=0)
     """A group that is not finished by then is retried on another engine."""
     max_restarts: int = Field(default=3, ge=0)

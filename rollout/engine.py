@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from memento.config import FormatConfig, RolloutConfig
 from memento.errors import UserError
 from memento.format import Eviction, MementoFormat, evictions
 from memento.problems import Record
-from memento.rollout.engine_thread import EngineFailed, EngineRequest, EngineThread
-from memento.rollout.weights import WeightsCorrupt, WeightUpdate
+from memento.rollout.engine_thread import EngineDriver, EngineFailed, EngineRequest, EngineThread
+from memento.rollout.weights import WeightUpdate, verify_weights
 from memento.trajectory import FinishReason, RolloutRequest, Trajectory, VersionSpan, sample_seed
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class RolloutEngine:
         # Nothing is built here: a restarted actor must not look ready, and an error raised in a constructor reaches
         # the driver as "the actor died" instead of as itself.
         self._config, self._model_name, self._format, self._index = config, model, format, index
-        self._thread: EngineThread | None = None
+        self._thread: EngineDriver | None = None
         self._model: _Model | None = None
         self._version: int | None = None
         self._stage = "not started"
@@ -124,7 +124,7 @@ class RolloutEngine:
             self._model = await asyncio.to_thread(_read_model, self._model_name, self._format, self._config)
             self._stage = "start: build the vLLM engine"
             arguments = engine_arguments(self._config, self._model_name, self._model.fmt)
-            self._thread = EngineThread(lambda: build_engine(arguments))
+            self._thread = start_driver(arguments, self._config.engine_process)
             await asyncio.wrap_future(self._thread.started)
         except UserError:
             raise
@@ -133,7 +133,8 @@ class RolloutEngine:
         except Exception as error:
             raise EngineFailed(f"engine {self._index} did not start: {type(error).__name__}: {error}") from error
         if update is None:
-            await self._label(FIRST_VERSION)
+            await asyncio.wrap_future(self._thread.label(str(FIRST_VERSION)))
+            self._version = FIRST_VERSION
         else:
             await self.update_weights(update)
         self._start_s = time.perf_counter() - began
@@ -182,10 +183,17 @@ class RolloutEngine:
                 for.
             EngineFailed: the engine broke.
         """
+        indices = range(request.group_size) if indices is None else indices
+        done = {t.sample_index: t async for t in self.stream(request, indices, at_least)}
+        return tuple(done[index] for index in indices)
+
+    async def stream(
+        self, request: RolloutRequest, indices: Sequence[int], at_least: int = FIRST_VERSION
+    ) -> AsyncIterator[Trajectory]:
+        """As `generate`, each trajectory as soon as it is finished. Whoever stops listening aborts the rest."""
         thread, model, version = self._thread, self._model, self._version
         if thread is None or model is None or version is None or version < at_least:
             raise StaleEngine(f"engine {self._index} holds weights {version}, {at_least} are current")
-        indices = range(request.group_size) if indices is None else indices
         prompt_ids = encode_prompt(model.tokenizer, request.problem.prompt)
         requests = [self._engine_request(request, index, prompt_ids, model) for index in indices]
         arrived = time.perf_counter()
@@ -197,11 +205,12 @@ class RolloutEngine:
 
         tasks = [asyncio.ensure_future(one(i, f)) for i, f in zip(indices, futures, strict=True)]
         try:
-            return tuple(await asyncio.gather(*tasks))
-        except BaseException:
-            for future in futures:  # the rest of the group is of no use: abort it
-                future.cancel()
-            raise
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:  # nothing happens to those that are done
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def update_weights(self, update: WeightUpdate) -> int:
         """Replace the weights between two steps. Running completions go on under the new ones, exactly.
@@ -221,33 +230,19 @@ class RolloutEngine:
         if self._version == update.version:
             return update.version
 
-        def load(engine: LLMEngine) -> None:
-            try:
-                self._stage = f"update {update.version}: verify and load"
-                engine.collective_rpc("start_weight_update")
-                engine.collective_rpc("update_weights", args=({"update": update.model_dump(mode="json")},))
-                engine.collective_rpc("finish_weight_update")
-                self._stage = f"update {update.version}: drop the old KV"
-                if not engine.reset_prefix_cache(reset_running_requests=True):
-                    raise EngineFailed("the prefix cache could not be reset; it holds keys of the old weights")
-            except (WeightsCorrupt, EngineFailed):
-                raise
-            except Exception as error:
-                raise EngineFailed(f"weights {update.version} did not load: {type(error).__name__}: {error}") from error
-            engine.set_weight_version(str(update.version))
+        def on_stage(stage: str) -> None:
+            self._stage = f"update {update.version}: {stage}"
 
-        self._stage = f"update {update.version}: wait for the current step"
         try:
-            await asyncio.wrap_future(self._thread.call(load, fatal=(EngineFailed,)))
+            on_stage("verify")  # while the engine goes on sampling
+            await asyncio.to_thread(verify_weights, update)
+            on_stage("wait for the current step")
+            payload = {"update": update.model_dump(mode="json")}
+            await asyncio.wrap_future(self._thread.load_weights(payload, str(update.version), on_stage))
         finally:
             self._stage = "ready"
         self._version = update.version
         return update.version
-
-    async def _label(self, version: int) -> None:
-        assert self._thread is not None
-        await asyncio.wrap_future(self._thread.call(lambda engine: engine.set_weight_version(str(version))))
-        self._version = version
 
     def _engine_request(
         self, request: RolloutRequest, index: int, prompt_ids: list[int], model: _Model
@@ -359,7 +354,7 @@ def sampled_logprobs(logprobs: Any, token_ids: Sequence[int], what: str) -> tupl
 
 def set_environment(config: RolloutConfig) -> None:
     """Set this process's environment for one engine. Must run before vLLM or torch is imported in it."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, see EngineThread
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if config.engine_process else "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the eviction plugin extends the V1 runner
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its dozen warnings at each start hide ours
@@ -404,6 +399,15 @@ def engine_arguments(config: RolloutConfig, model: str, fmt: MementoFormat) -> d
     if config.block_size is not None:
         arguments["block_size"] = config.block_size
     return arguments
+
+
+def start_driver(arguments: dict[str, Any], engine_process: bool) -> EngineDriver:
+    """Start an engine whose core runs on a thread of this process, or in a process of its own."""
+    if not engine_process:
+        return EngineThread(lambda: build_engine(arguments))
+    from memento.rollout.engine_process import EngineProcess
+
+    return EngineProcess(arguments)
 
 
 def build_engine(arguments: dict[str, Any]) -> LLMEngine:

@@ -3,10 +3,11 @@
     callers (event loop)                 the thread
     submit(requests) --+                 while running:
     abort(ids) --------+--> commands -->   carry out the commands that wait
-    call(function) ----+                   engine.step()  --> futures of finished requests
+    load_weights(...) -+                   engine.step()  --> futures of finished requests
 
 A command therefore runs *between* two steps: nothing is in flight, which is what makes a weight update in the middle of
-running requests exact.
+running requests exact. `memento.rollout.engine_process.EngineProcess` is the same to its callers, with the engine core
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -39,6 +40,53 @@ class EngineRequest:
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
+
+
+class EngineDriver(Protocol):
+    """What `memento.rollout.engine.RolloutEngine` needs of an engine, wherever its core runs. Callable from any thread.
+
+    Attributes:
+        started: settled when the engine takes work, or did not start.
+        steps, busy_s: engine steps so far, and the seconds spent in them. Work without steps is an engine that hangs.
+    """
+
+    started: Future[None]
+    steps: int
+    busy_s: float
+
+    @property
+    def active(self) -> int:
+        """Requests that are waiting or running."""
+        ...
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What made the engine unusable, else None."""
+        ...
+
+    def submit(self, requests: Sequence[EngineRequest]) -> list[Future[RequestOutput]]:
+        """Start requests together. Cancelling a future aborts its request."""
+        ...
+
+    def load_weights(self, update: Mapping[str, Any], version: str, on_stage: Callable[[str], None]) -> Future[None]:
+        """Replace the weights while nothing is in flight, and drop every key of the old ones.
+
+        Args:
+            update: what the worker's weight transfer takes.
+            version: the label of every token sampled from then on.
+            on_stage: told what it is at, for the error of whoever loses patience.
+
+        The future fails with `EngineFailed` if the load broke half-way: the engine is unusable then.
+        """
+        ...
+
+    def label(self, version: str) -> Future[None]:
+        """Label every token sampled from now on with a weight version."""
+        ...
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the engine; requests that still run fail."""
+        ...
 
 
 class _Command(NamedTuple):
@@ -87,7 +135,7 @@ class EngineThread:
                 try:
                     engine.add_request(request.request_id, tokens_input(request.prompt_ids), request.params)
                 except Exception as error:  # vLLM refuses this request; the engine is as it was
-                    _answer(future, error=error)
+                    settle(future, error=error)
                 else:
                     self._requests[request.request_id] = future
 
@@ -109,15 +157,39 @@ class EngineThread:
             try:
                 result = function(engine)
             except fatal as error:
-                _answer(future, error=error)
+                settle(future, error=error)
                 raise
             except Exception as error:
-                _answer(future, error=error)
+                settle(future, error=error)
             else:
-                _answer(future, result)
+                settle(future, result)
 
         self._send(run, [future])
         return future
+
+    def load_weights(self, update: Mapping[str, Any], version: str, on_stage: Callable[[str], None]) -> Future[None]:
+        """See `EngineDriver`."""
+
+        def load(engine: LLMEngine) -> None:
+            try:
+                on_stage("load")
+                engine.collective_rpc("start_weight_update")
+                engine.collective_rpc("update_weights", args=(dict(update),))
+                engine.collective_rpc("finish_weight_update")
+                on_stage("drop the old KV")
+                if not engine.reset_prefix_cache(reset_running_requests=True):
+                    raise EngineFailed("the prefix cache could not be reset; it holds keys of the old weights")
+            except EngineFailed:
+                raise
+            except Exception as error:
+                raise EngineFailed(f"weights {version} did not load: {type(error).__name__}: {error}") from error
+            engine.set_weight_version(version)
+
+        return self.call(load, fatal=(EngineFailed,))
+
+    def label(self, version: str) -> Future[None]:
+        """See `EngineDriver`."""
+        return self.call(lambda engine: engine.set_weight_version(version))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; requests that still run fail."""
@@ -158,11 +230,11 @@ class EngineThread:
                     self.steps += 1
                     for output in outputs:
                         if output.finished and (future := self._requests.pop(output.request_id, None)) is not None:
-                            _answer(future, output)  # type: ignore[arg-type]
+                            settle(future, output)  # type: ignore[arg-type]
         except BaseException as error:  # whatever it was, the engine's state is unknown now
             self._failure = error
         while self._requests:
-            _answer(self._requests.popitem()[1], error=self._unusable())
+            settle(self._requests.popitem()[1], error=self._unusable())
         self._refuse_commands()
 
     def _carry_out_commands(self, engine: LLMEngine) -> None:
@@ -174,7 +246,7 @@ class EngineThread:
     def _refuse_commands(self) -> None:
         while (command := self._next_command()) is not None:
             for future in command.futures:
-                _answer(future, error=self._unusable())
+                settle(future, error=self._unusable())
 
     def _next_command(self) -> _Command | None:
         try:
@@ -183,7 +255,7 @@ class EngineThread:
             return None
 
 
-def _answer(future: Future[T], result: T | None = None, error: BaseException | None = None) -> None:
+def settle(future: Future[T], result: T | None = None, error: BaseException | None = None) -> None:
     """Settle a future that its caller may have cancelled meanwhile."""
     with contextlib.suppress(InvalidStateError):
         if error is not None:

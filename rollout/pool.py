@@ -1,12 +1,14 @@
-"""The fleet: N engines as Ray actors behind one blocking, thread-safe `generate`.
+"""The fleet: N engines as Ray actors behind `generate` (blocking) and `stream` (as they finish), both thread-safe.
 
-    generate(group) --> parts of at most 16 samples --> the engine with the fewest samples in flight
-                                 ^                            |
-                                 |   engine died, went stale, timed out: count it, and give the part to another one
-                                 +----------------------------+
+    stream(group) --> parts of at most 16 samples --> the engine with the fewest samples in flight --> trajectories
+                               ^                            |
+                               |   engine died, hangs, went stale, timed out: count it, and give what is
+                               |   missing of the part to another one
+                               +----------------------------+
 
-An engine that died is started again by Ray with the weights of the model folder. It takes no work before it was
-started *and* holds the current weights; every request names the oldest version it accepts, so an engine that was
+One thread looks after the engines: one that is dead, or has work and makes no step, is killed before anybody waits for
+it in vain. An engine that died is started again by Ray with the weights of the model folder. It takes no work before it
+was started *and* holds the current weights; every request names the oldest version it accepts, so an engine that was
 restarted unnoticed refuses instead of answering with old weights. What is sampled depends on run seed, group and
 sample index alone (`memento.trajectory.sample_seed`), not on which engine serves it or how many there are.
 """
@@ -16,9 +18,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from memento.cluster import connect
@@ -37,6 +40,9 @@ ATTEMPTS = 4
 
 INFO_TIMEOUT_S = 5.0
 
+WATCH_INTERVAL_S = 5.0
+"""How often each engine is looked at, at the least."""
+
 
 class NoEngines(RuntimeError):
     """All engines are gone for good. The message carries the last reason."""
@@ -48,6 +54,30 @@ class GroupFailed(RuntimeError):
 
 class WeightSyncFailed(RuntimeError):
     """An engine did not take the new weights. The message names engine and stage."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """When an engine was last seen to get on with its work.
+
+    Attributes:
+        steps: its engine steps then; None before it was seen at all.
+        since_s: when that was, on any steady clock.
+    """
+
+    steps: int | None = None
+    since_s: float = 0.0
+
+    def stalled_s(self, info: EngineInfo | None, now_s: float) -> float:
+        """Take a look; how long the engine has had work, or given no answer (`info` is None), without a step.
+
+        An engine that loads weights or starts has its own deadline, and one without work has none.
+        """
+        if self.steps is None:
+            self.steps, self.since_s = -1, now_s
+        if info is not None and (info.active == 0 or info.stage != "ready" or info.steps != self.steps):
+            self.steps, self.since_s = info.steps, now_s
+        return now_s - self.since_s
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +92,7 @@ class _Engine:
     tokens: int = 0  # at the last call of `metrics`
     busy_s: float = 0.0
     preemptions: int = 0
+    progress: Progress = field(default_factory=Progress)
 
 
 class RolloutPool:
@@ -107,6 +138,7 @@ class RolloutPool:
         except BaseException:
             self.close()
             raise
+        threading.Thread(target=self._watch, name="watch-engines", daemon=True).start()
 
     # Starting.
 
@@ -175,34 +207,87 @@ class RolloutPool:
             NoEngines: none is left.
         """
         wanted = list(range(request.group_size) if indices is None else indices)
-        parts = [wanted[start : start + PART_SAMPLES] for start in range(0, len(wanted), PART_SAMPLES)]
-        if len(parts) <= 1:
-            return self._generate_part(request, wanted) if wanted else ()
-        with ThreadPoolExecutor(len(parts)) as threads:
-            done = list(threads.map(lambda part: self._generate_part(request, part), parts))
-        return tuple(trajectory for part in done for trajectory in part)
+        done = {trajectory.sample_index: trajectory for trajectory in self.stream(request, wanted)}
+        return tuple(done[index] for index in wanted)
 
-    def _generate_part(self, request: RolloutRequest, indices: list[int]) -> tuple[Trajectory, ...]:
+    def stream(self, request: RolloutRequest, indices: Sequence[int] | None = None) -> Iterator[Trajectory]:
+        """As `generate`, but each trajectory as soon as it is finished, in any order.
+
+        Whoever stops listening (closes the iterator) aborts what still runs.
+        """
+        wanted = list(range(request.group_size) if indices is None else indices)
+        parts = [wanted[start : start + PART_SAMPLES] for start in range(0, len(wanted), PART_SAMPLES)]
+        if len(parts) == 1:
+            yield from self._stream_part(request, parts[0])
+        elif parts:
+            yield from self._merge([self._stream_part(request, part) for part in parts])
+
+    def _merge(self, parts: Sequence[Iterator[Trajectory]]) -> Iterator[Trajectory]:
+        """What several iterators yield, as it comes; each runs in a thread. The first error ends them all."""
+        arrived: SimpleQueue[Trajectory | BaseException | None] = SimpleQueue()  # None: a part is through
+        stop = threading.Event()
+
+        def listen(part: Iterator[Trajectory]) -> None:
+            try:
+                for trajectory in part:
+                    arrived.put(trajectory)
+                    if stop.is_set():
+                        return
+            except BaseException as error:
+                arrived.put(error)
+            else:
+                arrived.put(None)
+            finally:
+                part.close()  # type: ignore[attr-defined]
+
+        for part in parts:
+            threading.Thread(target=listen, args=(part,), name="stream-part", daemon=True).start()
+        try:
+            left = len(parts)
+            while left:
+                item = arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            stop.set()
+
+    def _stream_part(self, request: RolloutRequest, indices: Sequence[int]) -> Iterator[Trajectory]:
         import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-        why = ""
-        for _ in range(ATTEMPTS):
-            engine, at_least = self._acquire(len(indices))
-            reference = None
+        left, why = list(indices), ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self._count("requeued")
+            engine, at_least = self._acquire(len(left))
+            held, stream = len(left), None
+            deadline = time.perf_counter() + self._config.request_timeout_s
             try:
-                reference = engine.actor.generate.remote(request, indices, at_least)
-                return _get(reference, self._config.request_timeout_s)
+                stream = engine.actor.stream.options(num_returns="streaming").remote(request, left, at_least)
+                while left:
+                    trajectory = _next(stream, deadline)
+                    left.remove(trajectory.sample_index)
+                    self._release(engine, 1)
+                    held -= 1
+                    yield trajectory
+                return
             except GetTimeoutError:
                 why = f"engine {engine.index}: no answer within rollout.request_timeout_s"
                 self._count("timeouts")
-                ray.cancel(reference)
+                ray.cancel(stream)
             except (ActorDiedError, ActorUnavailableError, EngineFailed, StaleEngine) as error:
                 why = f"engine {engine.index}: {type(error).__name__}: {error}"
                 self._recover(engine, why, kill=isinstance(error, EngineFailed))
+            except GeneratorExit:
+                ray.cancel(stream)
+                raise
             finally:
-                self._release(engine, len(indices))
-            self._count("requeued")
+                self._release(engine, held)
+        self._count("dropped")
         raise GroupFailed(f"group {request.group_id} failed {ATTEMPTS} times, at last with: {why}")
 
     def _acquire(self, samples: int) -> tuple[_Engine, int]:
@@ -230,12 +315,46 @@ class RolloutPool:
 
     # Recovering.
 
+    def _watch(self) -> None:
+        """Take engines out of service that died or hang, whether or not somebody waits for them."""
+        import ray
+
+        timeout_s = self._config.progress_timeout_s
+        interval_s = min(WATCH_INTERVAL_S, timeout_s / 4)
+        with ThreadPoolExecutor(len(self._engines), thread_name_prefix="watch") as threads:
+            while True:
+                with self._condition:
+                    self._condition.wait_for(lambda: self._closed, interval_s)
+                    if self._closed or not ray.is_initialized():
+                        return
+                    ready = [engine for engine in self._engines if engine.state == "ready"]
+                list(threads.map(self._look_at, ready))
+
+    def _look_at(self, engine: _Engine) -> None:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
+
+        info = None
+        try:
+            info = self._info(engine)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            self._recover(engine, f"{type(error).__name__}: {error}")
+            return
+        except (GetTimeoutError, RayError):
+            pass  # it does not answer now; perhaps it will
+        stalled_s = engine.progress.stalled_s(info, time.perf_counter())
+        if info is not None and info.failure is not None:
+            self._recover(engine, info.failure, kill=True)
+        elif stalled_s > self._config.progress_timeout_s:
+            what = "gave no answer" if info is None else f"has {info.active} completions and made no step"
+            self._count("hung")
+            self._recover(engine, f"it {what} for {stalled_s:.0f} s", kill=True)
+
     def _recover(self, engine: _Engine, why: str, *, kill: bool = False) -> None:
         """Take an engine out of service, and bring it back in the background. The first to notice starts it."""
         with self._condition:
             if engine.state != "ready" or self._closed:
                 return
-            engine.state, engine.why = "restarting", why
+            engine.state, engine.why, engine.progress = "restarting", why, Progress()
             self._counts["restarts"] += 1
         threading.Thread(
             target=self._bring_back, args=(engine, kill), name=f"recover-{engine.index}", daemon=True
@@ -369,6 +488,8 @@ class RolloutPool:
                 "engine/restarts": float(self._counts["restarts"]),
                 "engine/requeued": float(self._counts["requeued"]),
                 "engine/timeouts": float(self._counts["timeouts"]),
+                "engine/hung": float(self._counts["hung"]),
+                "engine/dropped": float(self._counts["dropped"]),
                 "engine/version": float(self._served),
             }
 
@@ -393,6 +514,21 @@ class RolloutPool:
 
 
 _FIX = "Lower rollout.engines or rollout.cpus, or join a larger cluster."
+
+
+def _next(stream: Any, deadline_s: float) -> Any:
+    """The next item of a streaming call, or the actor's own exception, before `deadline_s` on `time.perf_counter`."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    ready, _ = ray.wait([stream], timeout=max(deadline_s - time.perf_counter(), 0.0), fetch_local=False)
+    if not ready:
+        raise GetTimeoutError("no further trajectory")
+    try:
+        reference = next(stream)
+    except StopIteration:
+        raise EngineFailed("the engine ended a group before its last trajectory") from None
+    return _get(reference, max(deadline_s - time.perf_counter(), 1.0))
 
 
 def _get(reference: Any, timeout_s: float) -> Any:

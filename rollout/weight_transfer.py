@@ -8,6 +8,9 @@ imported; every worker imports it because `WorkerExtension` is its ``worker_exte
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from memento.rollout.engine_process import PARENT_VARIABLE
 from memento.rollout.weights import WeightUpdate, read_weights
 
 BACKEND = "safetensors"
@@ -89,6 +93,15 @@ def _pack_heads_again(model: torch.nn.Module) -> None:
         if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
+
+def end_with_parent() -> None:
+    """In an engine core that an actor started: die when the actor does, even by SIGKILL, and free memory and GPU."""
+    if os.environ.get(PARENT_VARIABLE) == str(os.getppid()):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+end_with_parent()
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)

@@ -8,14 +8,15 @@ appears under its name only when it is complete, and whoever reads it checks its
 
 from __future__ import annotations
 
-import hashlib
+import json
+import mmap
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -24,8 +25,26 @@ from memento.problems import Record
 if TYPE_CHECKING:
     import torch
 
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 16 << 20
 _KEEP = 2
+_HEADER_BYTES = 256 << 10
+"""Left free for the header, which is known last: about 2,000 tensors."""
+
+_DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+"""As the safetensors format names them."""
 
 
 class WeightsCorrupt(RuntimeError):
@@ -66,20 +85,21 @@ def write_weights(
 ) -> WeightUpdate:
     """Write a version, and delete all but the version before it.
 
+    An iterable is written as it comes, so that a model gathered in buckets is never in memory as a whole.
+
     Args:
         tensors: Hugging Face parameter names and full tensors, each tied tensor once.
         folder: where; created if it is not there.
         version: see `WeightUpdate`.
-        started: ``time.perf_counter()`` when the gathering began; null counts the writing alone.
+        started: ``time.perf_counter()`` when the gathering began; null counts from this call.
     """
-    from safetensors.torch import save_file
-
     started = time.perf_counter() if started is None else started
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"weights-{version:08d}.safetensors"
     part = target.with_suffix(".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in dict(tensors).items()}, part)
+    pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
+    _write_safetensors(pairs, part)
     checksum, size = file_checksum(part), part.stat().st_size
     os.replace(part, target)
     others = sorted((p for p in folder.glob("weights-*.safetensors") if p != target), key=lambda p: p.stat().st_mtime)
@@ -90,36 +110,92 @@ def write_weights(
     )
 
 
-def read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of a version, on the CPU.
+def _write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
+    """One pass: the data behind a gap, then the header into the gap, filled up with spaces as the format allows."""
+    import torch
+
+    header: dict[str, Any] = {}
+    with path.open("w+b", buffering=0) as file:
+        file.seek(8 + _HEADER_BYTES)
+        end = 0
+        for name, tensor in tensors:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+            header[name] = {
+                "dtype": _DTYPES[str(tensor.dtype)],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + data.nbytes],
+            }
+            end += data.nbytes
+            while data.nbytes:
+                data = data[file.write(data) :]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        gap = max(_HEADER_BYTES, -(-len(text) // 8) * 8)
+        if gap > _HEADER_BYTES:  # tens of thousands of tensors: move the data up, from its end
+            for start in range((end - 1) // _PIECE_BYTES * _PIECE_BYTES, -1, -_PIECE_BYTES):
+                file.seek(8 + _HEADER_BYTES + start)
+                piece = file.read(min(_PIECE_BYTES, end - start))
+                file.seek(8 + gap + start)
+                file.write(piece)
+        file.seek(0)
+        file.write(len(text.ljust(gap)).to_bytes(8, "little") + text.ljust(gap))
+
+
+def verify_weights(update: WeightUpdate) -> None:
+    """Compare the file with what its sender wrote.
 
     Raises:
-        WeightsCorrupt: the file is not there, or its size or checksum is another.
+        WeightsCorrupt: it is not there, or its size or checksum is another.
     """
-    from safetensors.torch import load_file
-
-    if not update.path.is_file():
-        raise WeightsCorrupt(f"weights {update.version}: no file at {update.path} on this machine")
-    size = update.path.stat().st_size
-    if size != update.bytes:
-        raise WeightsCorrupt(f"weights {update.version}: {update.path} has {size} bytes, {update.bytes} were written")
+    _check_size(update)
     checksum = file_checksum(update.path)
     if checksum != update.checksum:
         raise WeightsCorrupt(
             f"weights {update.version}: {update.path} has checksum {checksum}, {update.checksum} was written"
         )
+
+
+def read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
+    """The tensors of a version that `verify_weights` found whole on this machine, on the CPU.
+
+    Raises:
+        WeightsCorrupt: the file is gone, or has another size by now.
+    """
+    from safetensors.torch import load_file
+
+    _check_size(update)
     return load_file(update.path)
 
 
+def _check_size(update: WeightUpdate) -> None:
+    if not update.path.is_file():
+        raise WeightsCorrupt(f"weights {update.version}: no file at {update.path} on this machine")
+    size = update.path.stat().st_size
+    if size != update.bytes:
+        raise WeightsCorrupt(f"weights {update.version}: {update.path} has {size} bytes, {update.bytes} were written")
+
+
 def file_checksum(path: str | Path) -> str:
-    """BLAKE2b over the BLAKE2b digests of 64 MiB pieces: hashlib lets go of the GIL, so the pieces hash in parallel."""
+    """XXH3 (128 bits) over the XXH3 digests of pieces, which are hashed in parallel: as fast as memory is read.
+
+    It finds a torn or damaged file; it is no protection against someone who forges one.
+    """
+    import xxhash
+
     path = Path(path)
+    size = path.stat().st_size
+    if size == 0:
+        return xxhash.xxh3_128_hexdigest(b"")
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
 
-    def digest(offset: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return hashlib.blake2b(file.read(_PIECE_BYTES), digest_size=16).digest()
+        def digest(offset: int) -> bytes:
+            with view[offset : offset + _PIECE_BYTES] as piece:
+                return xxhash.xxh3_128_digest(piece)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        digests = threads.map(digest, range(0, max(path.stat().st_size, 1), _PIECE_BYTES))
-    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            digests = list(threads.map(digest, range(0, size, _PIECE_BYTES)))
+    return xxhash.xxh3_128_hexdigest(b"".join(digests))

@@ -7,7 +7,6 @@ hold complete blocks and every test runs under eviction. One pool of two engines
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import signal
@@ -32,7 +31,6 @@ from memento.problems import Problem, ProblemKind
 from memento.rollout.generate import generate_into
 from memento.rollout.pool import RolloutPool, WeightSyncFailed
 from memento.rollout.weights import WeightUpdate, write_weights
-from memento.tiny import write_tiny_model
 from memento.trajectory import FinishReason, RolloutRequest, SamplingParams, Trajectory, read_trajectories
 
 pytestmark = pytest.mark.slow
@@ -43,42 +41,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = write_tiny_model(tmp_path_factory.mktemp("model"), seed=0, layers=2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    teach_blocks(model, FormatConfig().bind(tokenizer), (tokenizer.eos_token_id, tokenizer.pad_token_id))
-    model.save_pretrained(folder)
-    file = folder / "generation_config.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]})
-    )
-    return folder
-
-
-def teach_blocks(model: Any, fmt: MementoFormat, ends: tuple[int, int]) -> None:
-    """Fit a table of bigrams: delimiters are likely, ``<|block_end|>`` is followed by ``<|summary_start|>``."""
-    start, end, summary, close = fmt.delimiter_ids
-    size = model.config.vocab_size
-    table = torch.zeros(size, size)
-    table[:, 20:] = 1 / size
-    table[:, [start, end, close]] = 0.15
-    table[:, list(ends)] = 0.002
-    table[end] = 0
-    table[end, summary] = 1
-    table /= table.sum(1, keepdim=True)
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        ids = torch.randint(20, size, (8, 96))
-        marked = torch.rand(ids.shape) < 0.4
-        ids[marked] = torch.tensor(fmt.delimiter_ids)[torch.randint(4, (int(marked.sum()),))]
-        loss = -(table[ids] * model(ids).logits.log_softmax(-1)).sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def model_dir(block_model: Path) -> Path:
+    return block_model
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +78,7 @@ def pool(cluster: None, model_dir: Path) -> Iterator[RolloutPool]:
         block_size=32,
         max_num_seqs=64,
         max_model_len=MAX_LEN,
+        progress_timeout_s=20,
     )
     with RolloutPool(config, FormatConfig(), str(model_dir)) as pool:
         yield pool
@@ -336,6 +301,45 @@ def test_a_killed_engine_loses_no_group_and_comes_back_with_the_current_weights(
     assert {t.engine for group in again for t in group} == {0, 1}
     assert all(t.oldest_version == newer.version for group in again for t in group)
     assert max(weights.error(t, fmt) for group in again for t in group) < TOLERANCE
+
+
+def test_an_engine_that_hangs_is_killed_and_its_groups_go_on(pool, weights, fmt):
+    requests = [request(f"hang{i}", size=4, tokens=500) for i in range(4)]
+    expected = generate_all(pool, requests)
+    before = pool.metrics()
+    version = versions_of(pool)[1]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        groups = [threads.submit(pool.generate, r) for r in requests]
+        wait_until("both engines to run", lambda: all(info and info.active >= 4 for info in pool.infos()))
+        victim = pool.infos()[1]
+        assert victim is not None
+        os.kill(victim.pid, signal.SIGSTOP)  # alive to Ray, deaf to everybody
+        delivered = [group.result(timeout=120) for group in groups]
+    assert completions(delivered) == completions(expected)
+    metrics = pool.metrics()
+    assert metrics["engine/hung"] == 1
+    assert metrics["engine/restarts"] == before["engine/restarts"] + 1
+    assert metrics["engine/requeued"] > before["engine/requeued"]
+    assert metrics["engine/dropped"] == 0
+    wait_until("the engine to come back", lambda: versions_of(pool) == [version] * 2)
+    assert max(weights.error(t, fmt) for t in pool.generate(requests[0])) < TOLERANCE
+
+
+def test_finished_trajectories_arrive_before_their_group_is_through(pool):
+    asked = request("stream", size=20, tokens=500)  # two parts
+    whole = pool.generate(asked)
+    arrived = []
+    for trajectory in pool.stream(asked):
+        arrived.append(trajectory)
+        if len(arrived) == 1:
+            assert sum(info.active for info in pool.infos() if info) > 0, "the rest still runs"
+    assert sorted(t.sample_index for t in arrived) == list(range(20))
+    assert completions([sorted(arrived, key=lambda t: t.sample_index)]) == completions([whole])
+    listener = pool.stream(asked)
+    next(listener)
+    listener.close()  # type: ignore[attr-defined]
+    wait_until("the rest to be aborted", lambda: all(info and info.active == 0 for info in pool.infos()))
+    assert [engine.in_flight for engine in pool._engines] == [0, 0]
 
 
 def test_a_file_of_samples_is_resumed_where_it_was_torn(pool, tmp_path):

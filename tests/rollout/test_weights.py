@@ -14,6 +14,7 @@ from memento.rollout.weights import (
     file_checksum,
     read_weights,
     shared_memory_folder,
+    verify_weights,
     write_weights,
 )
 
@@ -23,6 +24,7 @@ TENSORS = {"a.weight": torch.randn(7, 5), "b": torch.arange(6, dtype=torch.bfloa
 def test_round_trip_keeps_names_types_and_bits(tmp_path: Path):
     update = write_weights(TENSORS, tmp_path, 3)
     assert (update.version, update.bytes) == (3, update.path.stat().st_size)
+    verify_weights(update)
     loaded = read_weights(pickle.loads(pickle.dumps(update)))
     assert loaded.keys() == TENSORS.keys()
     assert all(
@@ -55,7 +57,42 @@ def test_a_damaged_file_is_never_loaded(tmp_path: Path, damage, message):
     if damage is not None:
         update.path.write_bytes(damage(data))
     with pytest.raises(WeightsCorrupt, match=message):
-        read_weights(update)
+        verify_weights(update)
+    if message != "checksum":  # which is read once, before a load
+        with pytest.raises(WeightsCorrupt, match=message):
+            read_weights(update)
+
+
+def test_a_stream_of_tensors_is_written_as_it_comes_and_any_reader_understands_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from safetensors.torch import load_file
+
+    tensors = {f"layer.{i}": torch.randn(i, 3) for i in range(40)} | {
+        "scalar": torch.tensor(3.5, dtype=torch.float16),
+        "empty": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "view": torch.arange(12).reshape(3, 4).T[1:],
+    }
+    alive = 0
+
+    def gathered():
+        nonlocal alive
+        for name, tensor in tensors.items():
+            alive += 1
+            yield name, tensor.clone()
+            alive -= 1
+            assert alive == 0
+
+    for header_bytes in (4096, 64):  # the header fits into its gap, or the data has to move
+        monkeypatch.setattr("memento.rollout.weights._HEADER_BYTES", header_bytes)
+        monkeypatch.setattr("memento.rollout.weights._PIECE_BYTES", 1000)
+        update = write_weights(gathered(), tmp_path, header_bytes)
+        verify_weights(update)
+        loaded = load_file(update.path)
+        assert loaded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
 
 
 def test_the_checksum_covers_every_piece_and_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
