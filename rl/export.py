@@ -133,6 +133,7 @@ def _weights_of_checkpoint(checkpoint: Path, config: RlConfig, folder: Path) -> 
 
     from memento.rl.learner import CHECKPOINT_FOLDER
     from memento.rl.learner_rank import CHECKPOINT_TAG
+    from memento.rl.lora import merge_state
 
     dtype = getattr(torch, config.learner.dtype)
     saved = checkpoint / CHECKPOINT_FOLDER
@@ -146,6 +147,8 @@ def _weights_of_checkpoint(checkpoint: Path, config: RlConfig, folder: Path) -> 
     assert state is not None  # only a lazy state dict is not returned at once
     # The learner trains the model inside a wrapper that owns it as `model`.
     weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
+    if config.learner.lora is not None:
+        weights = merge_state(weights, config.learner.lora)
     model_config = AutoConfig.from_pretrained(config.model)
     model: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     loaded = model.load_state_dict(weights, strict=False)
