@@ -1,8 +1,9 @@
 r"""Finds the final answer in a completion: what the model *said*, before anybody asks whether it is right.
 
 Order, first hit wins: the last ``\boxed{...}``; a "final answer" phrase (``The answer is ...``, ``Answer: ...``,
-``#### ...``); the last formula or number near the end. Everything here is linear in the length of the text, so a
-completion of a megabyte takes milliseconds, and no regular expression backtracks over more than one line.
+``#### ...``); the whole text where it is nothing but a formula; the last formula or number near the end. Everything
+here is linear in the length of the text, so a completion of a megabyte takes milliseconds, and no regular expression
+backtracks over more than one line.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def find_answer(completion: str) -> Answer | None:
     phrase = last_announced(text)
     if phrase is not None:
         return Answer(phrase, AnswerSource.PHRASE)
-    expression = last_expression(text)
+    expression = only_expression(text) or last_expression(text)
     if expression is not None:
         return Answer(expression, AnswerSource.LAST_EXPRESSION)
     return None
@@ -65,7 +66,7 @@ _ANNOUNCED = re.compile(
     re.VERBOSE,
 )
 _MATH_SPAN = re.compile(
-    r"\$\$(?P<a>[^$]{1,4000})\$\$|\$(?P<b>[^$\n]{1,2000})\$"
+    r"\$\$(?P<a>[^$]{1,4000})\$\$|\$(?P<b>(?:\\\$|[^$\n]){1,2000})\$"
     r"|\\\((?P<c>(?:[^\\]|\\(?!\))){1,2000})\\\)|\\\[(?P<d>(?:[^\\]|\\(?!\])){1,4000})\\\]"
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[;!?](?=\s|$)")
@@ -96,9 +97,16 @@ def _clean_announced(line: str) -> str:
     end = _SENTENCE_END.search(line)
     if end:
         line = line[: end.start()]
-    inner = _MATH_SPAN.search(line)  # "answer is the number $3$"
-    if inner:
-        return _span_content(inner)
+    said = re.split(r"\b(?:is|are|equals)\b", line)[-1].strip(" :*_`")  # "the largest $n$ is 34"
+    for part in dict.fromkeys((said, line)):
+        inner = _MATH_SPAN.search(part)  # "answer is the number $3$"
+        if inner:
+            return _span_content(inner)
+        numbers = [m.group().strip() for m in _NUMBER.finditer(part) if m.group().strip()]
+        if len(numbers) == 1 and len(_WORD.findall(part)) >= 3:  # "they met 3 hours ago"
+            return numbers[0]
+        if part is said and part and not _WORD.search(part):
+            return part.rstrip(".,; ")
     return line.strip().strip("*_` ").rstrip(".,;")
 
 
@@ -109,6 +117,20 @@ def _span_content(match: re.Match[str]) -> str:
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[ ]?/[ ]?\d+)?(?:[eE][-+]?\d+)?(?:[ ]?\\?%)?"
 )
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+ONLY_EXPRESSION_CHARS = 200
+
+
+def only_expression(text: str) -> str | None:
+    r"""The text itself, if it is one line of mathematics without a word of language: ``\frac{10}{9}``, ``x = 3``."""
+    line = text.strip()
+    if not line or len(line) > ONLY_EXPRESSION_CHARS or "\n" in line or "$" in line or _WORD.search(line):
+        return None
+    if not re.search(r"\d|[=+*/^\\]", line):
+        return None
+    return line.rstrip(".,;").strip() or None
 
 
 def last_expression(text: str) -> str | None:

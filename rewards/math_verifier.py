@@ -130,13 +130,18 @@ def _unreadable_gold(problem: Problem) -> str:
     )
 
 
+_GROUP = r"(?:,?\\![ ]?|,|\{,\}|,?\\,|[ ]|\\[ ])"  # between thousands
 _NUMBER = re.compile(
-    r"(?P<sign>[-+−]?)(?:(?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d{1,40})?(?P<decimals>\.\d{1,40})?)"
-    r"(?:/(?P<under>\d{1,40}))?"
+    rf"(?:(?P<whole>\d{{1,3}}(?:{_GROUP}\d{{3}})+|\d{{1,40}})?(?P<decimals>\.\d{{1,40}})?)(?:/(?P<under>\d{{1,40}}))?"
 )
 _FRACTION = re.compile(
-    r"(?P<sign>[-+−]?)\\[dt]?frac(?:\{(?P<over>-?\d{1,40})\}\{(?P<under>\d{1,40})\}|(?P<short>[ ]?\d[ ]?\d))"
+    r"(?P<mixed>\d{1,15}(?=[ ]?\\|[ ]))?[ ]?"
+    r"(?:\\[dtc]?frac[ ]?(?:\{(?P<over>-?\d{1,40})\}|(?P<o>\d))[ ]?(?:\{(?P<under>\d{1,40})\}|(?P<u>\d))"
+    r"|(?P<a>\d{1,40})/(?P<b>\d{1,40}))"
 )
+
+
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
 class Number(NamedTuple):
@@ -147,29 +152,26 @@ class Number(NamedTuple):
 
 
 def as_number(text: str) -> Number | None:
-    r"""An integer, decimal or fraction of integers, written plainly: ``-3``, ``1,234``, ``.5``, ``3/4``, ``\frac34``.
+    r"""A number that is written plainly: ``-3``, ``1,234``, ``\$5``, ``.5``, ``3/4``, ``\frac34``, ``1 \frac{1}{2}``.
 
-    Anything else, and anything that could be read in two ways (``1 000``, ``0,5``, ``3\%``), gives None.
+    Anything else, and anything that could be read in two ways (``0,5``, ``1,22``, ``3\%``), gives None.
     """
     plain = text.strip().removesuffix(".").strip()
-    match = _FRACTION.fullmatch(plain)
+    negative = plain[:1] in ("-", "−")
+    plain = plain[negative or plain[:1] == "+" :].lstrip().removeprefix("\\$").removeprefix("$").lstrip()
+    match, value, exact = _FRACTION.fullmatch(plain), None, True
     if match:
-        over, under = match["over"], match["under"]
-        if match["short"]:
-            over, under = match["short"].replace(" ", "")
-        value, exact = (Fraction(int(over), int(under)) if int(under) else None), True
-    else:
-        match = _NUMBER.fullmatch(plain)
-        if not match or not (match["whole"] or match["decimals"]):
-            return None
-        digits = re.sub(r"\D", "", match["whole"] or "0")
+        over, under = (int(match[x] or match[y] or match[z]) for x, y, z in (("over", "o", "a"), ("under", "u", "b")))
+        if match["mixed"] is None:
+            value = Fraction(over, under) if under else None
+        elif 0 < over < under:  # 1 3/2 is no mixed number
+            value = int(match["mixed"]) + Fraction(over, under)
+    elif (match := _NUMBER.fullmatch(plain)) and (match["whole"] or match["decimals"]):
         exact = match["decimals"] is None
-        value = Fraction(digits + (match["decimals"] or ""))
+        value = Fraction(re.sub(r"\D", "", match["whole"] or "0") + (match["decimals"] or ""))
         if match["under"] is not None:
             value = value / int(match["under"]) if int(match["under"]) else None
-    if value is None:
-        return None
-    return Number(-value if match["sign"] in ("-", "−") else value, exact)
+    return None if value is None else Number(-value if negative else value, exact)
 
 
 def same_number(gold: Number, answer: Number) -> bool:
@@ -192,6 +194,8 @@ def same_without_sympy(gold: str, answer: str) -> bool | None:
     if is_words(gold):
         return letter_of(gold) is not None and letter_of(gold) == letter_of(answer)
     gold_number, answer_number = as_number(gold), as_number(answer)
+    if gold_number is not None and not gold_number.exact and _DECIMAL_COMMA.fullmatch(answer.strip()):
+        answer_number = as_number(answer.replace(",", "."))  # 2,74 for 2.74: no list is meant
     if gold_number is not None and answer_number is not None:
         return same_number(gold_number, answer_number)
     return None
@@ -270,6 +274,7 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
         boxed: the answer stood in a box and is read as one formula; otherwise as text around a formula or number.
     """
     parse, verify = _math_verify()
+    answer = _readable(answer)
     golds = _parsed_gold(gold)
     if not golds:
         return {"gold_parsed": False, "answer_parsed": False, "equal": False}
@@ -286,7 +291,19 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
 def _parsed_gold(gold: str) -> tuple[Basic, ...]:
     """A gold is compared with every sample of its group, and parsing is half of the work."""
     parse, _ = _math_verify()
-    return tuple(parse(f"\\boxed{{{gold}}}"))
+    return tuple(parse(f"\\boxed{{{_readable(gold)}}}"))
+
+
+_UPRIGHT = re.compile(r"\\(?:mathrm|rm|operatorname)\{\s*([ei])\s*\}")
+_SET_BUILDER = re.compile(r"\\mid\b|\\vert\b.*\\\}")
+
+
+def _readable(latex: str) -> str:
+    r"""What the parser trips over, written otherwise: an upright ``\mathrm{e}`` is e.
+
+    ``\{x \mid x > 2\}`` reads as 2 to it, so sets by a condition are not read at all, and gives an empty text.
+    """
+    return "" if _SET_BUILDER.search(latex) else _UPRIGHT.sub(r"{\1}", latex)
 
 
 def warm_up() -> None:

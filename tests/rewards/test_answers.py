@@ -70,6 +70,9 @@ def test_only_after_thinking():
         "answer is " * 100_000,
         "answer: $" * 110_000,
         "$" * 1_000_000,
+        "\\$" * 500_000,
+        "\\boxed{1} and " * 70_000,
+        "answer is is " * 80_000,
         "\\(" * 500_000,
         "7" * 1_000_000,
         "1," * 500_000,
@@ -80,7 +83,7 @@ def test_only_after_thinking():
         " " * 1_000_000,
         "answer" + " " * 1_000_000,
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_a_megabyte_of_anything_is_read_in_linear_time(text: str):
     start = time.process_time()

@@ -81,11 +81,26 @@ def test_unboxed_answers(scorer: Scorer):
     assert scorer.score(problem("1/2"), "Thus $x = \\frac{1}{2}$").score == 1.0
     assert scorer.score(problem("18"), "so 9 * 2 = 18").score == 1.0
     assert scorer.score(problem("18"), "#### 19").score == 0.0
+    assert scorer.score(problem("34"), "Final Answer: The largest $n$ is 34. I hope it is correct.").score == 1.0
+    assert scorer.score(problem("3"), "Final Answer: They met 3 hours ago.").score == 1.0
+    assert scorer.score(problem("10/9"), r"-\frac{10}{9}").score == 0.0
+    assert scorer.score(problem("10/9"), r"\frac{10}{9}").score == 1.0
 
 
 def test_of_several_boxes_the_last_counts(scorer: Scorer):
     assert scorer.score(problem("2"), r"\boxed{1}, no, \boxed{2}").score == 1.0
-    assert scorer.score(problem(r"\{1,2\}"), r"\boxed{1} and \boxed{2}").score == 0.0
+    assert scorer.score(problem(r"\{1,2\}"), r"first \boxed{1}, then after all \boxed{2}").score == 0.0
+
+
+def test_boxes_joined_by_and_are_one_answer(scorer: Scorer):
+    for text in (
+        r"\boxed{1} and \boxed{2}",
+        r"$$\boxed{2},\quad \text{and} \quad \boxed{1}$$",
+        r"\boxed{1}, \boxed{2}.",
+    ):
+        assert scorer.score(problem(r"\{1,2\}"), text).score == 1.0, text
+        assert scorer.score(problem("2"), text).score == 0.0, "naming several answers is no way to be right"
+    assert scorer.score(problem("2"), r"\boxed{2}, \boxed{2}").score == 1.0
 
 
 def test_nothing_to_read_is_unparsable(scorer: Scorer):
