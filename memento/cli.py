@@ -384,6 +384,110 @@ def show(
 
 
 @app.command()
+def annotate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Plain traces: JSONL, Parquet, folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for results and journal; run again, it goes on there.")],
+    model: Annotated[str, typer.Option("--model", help="The model's name at the endpoint.")],
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", help="e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Default: OPENAI_API_KEY.")] = None,
+    limit: Limit = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests at the same time.")] = 32,
+    temperature: Temperature = 0.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of one answer, thinking included.")] = 4096,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")] = 300.0,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="After a failure, and after a useless answer.")] = 6,
+    backoff: Annotated[float, typer.Option("--backoff", min=0.0, help="First wait in seconds; doubles.")] = 1.0,
+    longest_wait: Annotated[float, typer.Option("--longest-wait", min=0.0, help="Seconds.")] = 60.0,
+    price_in: Annotated[float, typer.Option("--price-in", help="Dollars a million prompt tokens.")] = 0.0,
+    price_out: Annotated[float, typer.Option("--price-out", help="Dollars a million completion tokens.")] = 0.0,
+    budget: Annotated[float | None, typer.Option("--budget", help="Stop after so many dollars.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Model whose tokens are counted; default: estimated.")
+    ] = None,
+    min_block_tokens: Annotated[int, typer.Option("--min-block-tokens", min=1)] = 200,
+    variance_weight: Annotated[
+        float, typer.Option("--variance-weight", min=0.0, help="How much even block sizes matter.")
+    ] = 0.5,
+    accept: Annotated[float, typer.Option("--accept", help="Points of 10 from which a memento passes.")] = 8.0,
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="Rounds of feedback, at most.")] = 2,
+    require_pass: Annotated[
+        bool, typer.Option("--require-pass", help="Leave out traces with a memento that did not pass.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry-failed", help="Also what failed in an earlier run.")] = False,
+    body: Annotated[
+        str | None, typer.Option("--body", help="JSON object with further fields of every request.")
+    ] = None,
+) -> None:
+    """Cut plain reasoning traces into blocks and write a memento for each, with any OpenAI-compatible endpoint.
+
+    Leaves both OpenMementos schemas (default.jsonl, full.jsonl) and a quality report. Interrupted at any moment, it
+    goes on where it was: no request that was answered is sent again.
+
+    Example: `memento annotate traces.jsonl --out annotated --model Qwen3-32B --base-url http://localhost:8000/v1`
+    """
+    from memento.sft.annotate.command import annotate_file
+    from memento.sft.annotate.endpoint import EndpointSettings
+    from memento.sft.annotate.mementos import MementoSettings
+    from memento.sft.annotate.pipeline import AnnotationSettings
+
+    endpoint = EndpointSettings(
+        model=model,
+        base_url=base_url,
+        api_key=api_key,
+        concurrency=concurrency,
+        timeout_s=timeout,
+        retries=retries,
+        backoff_s=backoff,
+        longest_wait_s=longest_wait,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        price_in=price_in,
+        price_out=price_out,
+        budget=budget,
+        body=_json_object(body, "--body"),
+    )
+    settings = AnnotationSettings(
+        min_block_tokens=min_block_tokens,
+        variance_weight=variance_weight,
+        mementos=MementoSettings(accept=accept, rounds=rounds),
+        require_pass=require_pass,
+        traces_in_flight=max(8, concurrency),
+    )
+    complete = annotate_file(data, out, endpoint, settings, limit=limit, tokenizer=tokenizer, retry=retry)
+    if not complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, Parquet, folder or hub id (name:subset@split).")],
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Model whose tokens are counted; default: estimated.")
+    ] = None,
+    limit: Limit = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write histograms to this PNG, SVG or PDF.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the numbers as JSON here.")] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="As strict_blocks: false.")] = False,
+) -> None:
+    """What a memento data set holds: blocks, lengths, compression by domain, and what training would drop and why.
+
+    Example: `memento inspect microsoft/OpenMementos --limit 2000 --tokenizer Qwen/Qwen3-8B --plot mementos.png`
+    """
+    from memento.sft.inspection import inspect_data, plot_inspection, tables
+
+    _refuse_existing(out)
+    found = inspect_data(data, tokenizer=tokenizer, limit=limit, strict=not lenient)
+    _console().print(tables(found))
+    if plot is not None:
+        typer.echo(f"plot: {plot_inspection(found, plot)}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.model_dump_json(indent=2, exclude={"values"}) + "\n", encoding="utf-8")
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Also: would this run find what it needs here?")
@@ -460,6 +564,18 @@ def _rl_config(file: Path, overrides: Sequence[str] | None) -> RlConfig:
     if not isinstance(config, RlConfig):
         raise UserError(f"{file} describes a {config.kind} run, and this command takes an RL run.")
     return config
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option} is not JSON ({error.msg} at column {error.colno}): {text}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option} must be a JSON object, got {text}")
+    return value
 
 
 def _refuse_existing(out: Path | None) -> None:

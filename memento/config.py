@@ -568,7 +568,7 @@ class SftConfig(Section):
     streaming: bool = False
     """Read a hub data set as it arrives instead of downloading all of it first."""
     cache: Path | None = None
-    """Folder for tokenised traces, which later stages and runs map into memory. null: they are made and kept in memory."""
+    """Folder for tokenised traces, which later stages and runs map into memory. null: they are kept in memory."""
     strict_blocks: bool = True
     """Drop traces whose thinking has text between blocks. false: keep them; that text stays visible."""
     chat_template: Literal["auto", "chatml", "own"] = "auto"
@@ -602,7 +602,7 @@ class SftConfig(Section):
     """torch threads on CPU. null: all cores."""
     logging_steps: int = Field(default=10, gt=0)
     checkpoint_steps: int | None = Field(default=None, gt=0)
-    """Write a checkpoint every so many steps, for `--resume`; the newest is kept. null: only when a signal stops the run."""
+    """Write a checkpoint every so many steps, for `--resume`; the newest is kept. null: only when a signal stops it."""
     eval: SftEvalConfig = SftEvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -240,6 +240,12 @@ def strip_blocks(response: str) -> str:
     return _ANNOTATION.sub("", response)
 
 
+def annotated_blocks(thinking: str) -> list[tuple[str, str]]:
+    """(block, memento) texts of well-formed thinking, in order."""
+    texts = _DELIMITER.split(thinking)
+    return [(texts[i], texts[i + 2]) for i in range(1, len(texts) - 2, 4)]
+
+
 def has_blocks(response: str) -> bool:
     """Whether any delimiter is in the text."""
     return _DELIMITER.search(response) is not None
