@@ -222,6 +222,7 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             Metric("clip/low_fraction", "1", "loss tokens whose ratio is clipped from below", "below 0.1"),
             Metric("clip/high_fraction", "1", "loss tokens whose ratio is clipped from above", "below 0.1"),
             Metric("advantage/min", "1", "smallest advantage of a loss token", "-5 to 0"),
+            Metric("advantage/mean", "1", "mean advantage of a loss token", "near 0; not 0 where lengths differ"),
             Metric("advantage/max", "1", "largest advantage of a loss token", "0 to 5"),
         ),
     ),
@@ -244,6 +245,9 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
                 "fp32: below 5e-4; a wrong mask shows as 0.1 or more",
                 summary="max",
             ),
+            Metric("mismatch/ratio_min", "1", "smallest ratio learner / sampler of a token", "near 1"),
+            Metric("mismatch/ratio_mean", "1", "its mean", "0.99 to 1.01"),
+            Metric("mismatch/ratio_max", "1", "its maximum", "near 1; bf16: below 10"),
             Metric(
                 "mismatch/weight_mean",
                 "1",
@@ -305,6 +309,13 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             Metric("learner/tokens_per_s", "tokens/s", "packed tokens, prompts included, over `learner/seconds`"),
             Metric("sync/seconds", "s", "gathering and writing the weights"),
             Metric("sync/mib", "MiB", "size of the weights"),
+            Metric("sync/gb_per_s", "GB/s", "their size over all of `seconds/sync`, engines included"),
+            Metric("step/tokens_per_s", "tokens/s", "completion tokens trained, over rollout, training and sync"),
+            Metric(
+                "idle/learner", "1", "part of that time in which the learner does not train", "lower with `max_lag`"
+            ),
+            Metric("memory/driver_rss_mib", "MiB", "host memory of the driver's process", "does not grow"),
+            Metric("memory/learner_rss_mib", "MiB", "host memory of the largest learner rank", "does not grow"),
         ),
     ),
     "eval": (
