@@ -254,11 +254,17 @@ class RewardsConfig(Section):
     """Wall seconds of one math verification, kept by the parent."""
     code_timeout_s: float = Field(default=30.0, gt=0)
     """Wall seconds of all tests of one program together."""
+    code_score: Literal["all", "fraction"] = "all"
+    """all: 1 if a program passes every test, and it is done at the first it does not. fraction: the share it passes."""
     memory_limit_mib: int = Field(default=2048, gt=0)
     """Address space of one math worker."""
-    sandbox: Literal["auto", "subprocess", "namespaces"] = "auto"
-    """Isolation of model-written code. `namespaces` refuses to start where the kernel does not allow them; `auto` takes
-    them where it can and says which level it used."""
+    sandbox: Literal["namespaces", "subprocess"] = "namespaces"
+    """Isolation of model-written code, in the log and in every result. `namespaces` contains hostile programs, and
+    refuses to start where the kernel does not allow them. `subprocess` stops accidents only (docs/rewards.md)."""
+    sandbox_python: Path | None = None
+    """The interpreter of model-written code (3.9 or later), with its packages. null: this one, without packages."""
+    sandbox_preload: tuple[str, ...] = ()
+    """Modules loaded once, before programs import them, e.g. numpy."""
     cpus: float = Field(default=0.0, ge=0)
     """CPU cores reserved for one actor."""
 

@@ -12,13 +12,9 @@ complaint names a file and a line.
 
 from __future__ import annotations
 
-import base64
 import csv
 import gzip
-import hashlib
-import io
 import json
-import pickle
 import random
 import re
 import sys
@@ -26,24 +22,18 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from memento import code_sets
 from memento.boxed import last_boxed
 from memento.errors import UserError
-
-Row = Mapping[str, Any]
-Fields = dict[str, Any]
+from memento.rows import BadRow, Fields, Row, digest, text_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 BOXED = "Reason step by step, and put the final answer within \\boxed{}."
 LETTER = "Reason step by step, and put the letter of the right choice within \\boxed{}."
-PROGRAM = "Answer with one complete Python program in a ```python fence."
 LETTERS = "ABCDEFGHIJ"
-
-
-class BadRow(ValueError):
-    """A row that is no problem. The message says why, without the place."""
 
 
 class Located(NamedTuple):
@@ -54,20 +44,6 @@ class Located(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- columns -> fields
-
-
-def digest(text: str) -> str:
-    """Eight hex bytes of a text: an id for rows that have none, the same wherever the row stands."""
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
-
-
-def _text(row: Row, *columns: str) -> str:
-    """The first of these columns that holds something, as text."""
-    for column in columns:
-        value = row.get(column)
-        if value is not None and str(value).strip():
-            return str(value)
-    raise BadRow(f"no {' or '.join(columns)}")
 
 
 def _id(row: Row, name: str, prompt: str, *columns: str) -> str:
@@ -82,7 +58,7 @@ def _rest(row: Row, *columns: str) -> Fields:
 
 def _gsm8k(row: Row) -> Fields:
     """``question``, ``answer``: a worked solution with the number after ``####``."""
-    prompt, solution = _text(row, "question"), _text(row, "answer")
+    prompt, solution = text_of(row, "question"), text_of(row, "answer")
     _, mark, answer = solution.rpartition("####")
     if not mark or not answer.strip():
         raise BadRow("the answer has no number after ####")
@@ -99,11 +75,11 @@ def _competition(name: str) -> Callable[[Row], Fields]:
     """``problem`` and ``answer``; without an answer, the last box of ``solution``. Capitalised columns too."""
 
     def fields(row: Row) -> Fields:
-        prompt = _text(row, "problem", "Problem", "question", "Question")
+        prompt = text_of(row, "problem", "Problem", "question", "Question")
         try:
-            answer = _text(row, "answer", "Answer", "expected_answer")
+            answer = text_of(row, "answer", "Answer", "expected_answer")
         except BadRow:
-            answer = last_boxed(_text(row, "solution", "Solution")) or ""
+            answer = last_boxed(text_of(row, "solution", "Solution")) or ""
         if not answer.strip():
             raise BadRow("no answer, and no \\boxed{} in the solution")
         known = ("level", "subject", "type", "year", "url", "competition", "problem_type", "difficulty", "domain")
@@ -121,7 +97,7 @@ def _competition(name: str) -> Callable[[Row], Fields]:
 
 def _openmementos(row: Row) -> Fields:
     """``problem``, ``response``: a trace whose last box is the answer. Code and science rows often have none."""
-    prompt, response = _text(row, "problem"), _text(row, "response")
+    prompt, response = text_of(row, "problem"), text_of(row, "response")
     answer = last_boxed(response.rpartition("</think>")[2])
     if answer is None:
         raise BadRow("the response has no \\boxed{} after its thinking, so there is nothing to verify")
@@ -220,9 +196,9 @@ def _choices(name: str, own: str, question: str, options: Sequence[str], right: 
 
 def _gpqa(row: Row) -> Fields:
     """``Question``, ``Correct Answer``, ``Incorrect Answer 1..3``: shuffled by the question, the same in every run."""
-    question = _text(row, "Question")
-    right = _text(row, "Correct Answer").strip()
-    options = [right, *(_text(row, f"Incorrect Answer {n}").strip() for n in (1, 2, 3))]
+    question = text_of(row, "Question")
+    right = text_of(row, "Correct Answer").strip()
+    options = [right, *(text_of(row, f"Incorrect Answer {n}").strip() for n in (1, 2, 3))]
     own = str(row.get("Record ID") or digest(question))
     random.Random(own).shuffle(options)
     fields = _choices("gpqa", own, question, options, options.index(right))
@@ -231,7 +207,7 @@ def _gpqa(row: Row) -> Fields:
 
 def _mmlu(row: Row) -> Fields:
     """MMLU (``choices``, ``answer`` as an index) and MMLU-Pro (``options``, ``answer_index``)."""
-    question = _text(row, "question")
+    question = text_of(row, "question")
     options = row.get("options") or row.get("choices")
     if not isinstance(options, Sequence) or isinstance(options, str):
         raise BadRow("no list of choices")
@@ -242,141 +218,6 @@ def _mmlu(row: Row) -> Fields:
     own = str(row.get("question_id") or digest(question + "".join(map(str, options))))
     fields = _choices("mmlu", own, question, [str(o) for o in options], int(str(right)))
     return fields | {"metadata": _rest(row, "subject", "category")}
-
-
-def _human_eval(row: Row) -> Fields:
-    """``prompt`` (a stub), ``test`` (a function ``check``), ``entry_point``."""
-    name, stub = _text(row, "entry_point"), _text(row, "prompt")
-    return {
-        "id": _text(row, "task_id"),
-        "kind": "code",
-        "prompt": f"Complete this Python function. {PROGRAM}\n\n```python\n{stub.rstrip()}\n```",
-        "tests": [{"program": f"{_text(row, 'test').rstrip()}\n\ncheck({name})\n"}],
-        "entry_point": name,
-        "source": "humaneval",
-    }
-
-
-def _mbpp(row: Row) -> Fields:
-    """``text`` or ``prompt``, ``test_list`` (assert statements), ``test_setup_code`` or ``test_imports``."""
-    tests = row["test_list"]
-    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
-        raise BadRow("no test_list")
-    imports = row.get("test_imports")
-    setup = "\n".join(map(str, imports)) if isinstance(imports, Sequence) and not isinstance(imports, str) else ""
-    setup = setup or str(row.get("test_setup_code") or "")
-    defined = set(re.findall(r"^def\s+(\w+)", str(row.get("code", "")), re.MULTILINE))
-    called = [name for test in tests for name in _names_called(str(test))]
-    name = next((n for n in called if n in defined), None) or (called[0] if called else None)
-    if name is None:
-        raise BadRow("its tests call no function")
-    shown = "\n".join(str(test) for test in tests)
-    return {
-        "id": f"mbpp/{_text(row, 'task_id')}",
-        "kind": "code",
-        "prompt": f"{_text(row, 'prompt', 'text').strip()} {PROGRAM} It must pass these tests:\n\n{shown}",
-        "tests": [{"program": f"{setup}\n{test}\n".lstrip()} for test in tests],
-        "entry_point": name,
-        "source": "mbpp",
-    }
-
-
-def _names_called(assertion: str) -> list[str]:
-    """Functions that an assert statement calls, outermost first, builtins left out."""
-    builtins = {"set", "sorted", "list", "tuple", "len", "abs", "round", "sum", "str", "int", "float", "bool", "dict"}
-    return [n for n in re.findall(r"\b([A-Za-z_]\w*)\(", assertion) if n not in builtins | {"isclose", "math"}]
-
-
-class _OnlyText(pickle.Unpickler):
-    """Reads a pickled string and nothing else: a pickle that names a class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise BadRow(f"its hidden tests are a pickle that asks for {module}.{name}")
-
-
-def _hidden_tests(packed: str) -> Any:
-    """LiveCodeBench's ``private_test_cases``: JSON, or JSON in a pickle in zlib in base64."""
-    if not packed.strip():
-        return []
-    try:
-        return json.loads(packed)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return json.loads(_OnlyText(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load())
-    except (ValueError, TypeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
-        if isinstance(error, BadRow):
-            raise
-        raise BadRow(f"its hidden tests cannot be unpacked ({type(error).__name__})") from error
-
-
-def _livecodebench(row: Row) -> Fields:
-    """``question_content``, ``public_test_cases``, ``private_test_cases``, ``starter_code``, ``metadata``."""
-    tests = [*_hidden_tests(_text(row, "public_test_cases")), *_hidden_tests(str(row.get("private_test_cases") or ""))]
-    starter = str(row.get("starter_code") or "")
-    metadata = row.get("metadata") or {}
-    name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
-    functional = any(test.get("testtype") == "functional" for test in tests)
-    if functional and not name:
-        raise BadRow("function-call tests without metadata.func_name")
-    ask = f"Write it into this class:\n\n```python\n{starter.rstrip()}\n```\n\n" if starter else "Read stdin, print. "
-    return {
-        "id": f"livecodebench/{_text(row, 'question_id')}",
-        "kind": "code",
-        "prompt": f"{_text(row, 'question_content').strip()}\n\n{ask}{PROGRAM}",
-        "tests": [_livecodebench_test(test) for test in tests],
-        "entry_point": _method(starter, name) if functional else None,
-        "source": "livecodebench",
-        "metadata": _rest(row, "difficulty", "platform", "contest_date"),
-    }
-
-
-def _livecodebench_test(test: Row) -> Fields:
-    if test.get("testtype") != "functional":
-        return {"input": test["input"], "output": test["output"]}
-    try:
-        args = [json.loads(line) for line in str(test["input"]).split("\n") if line.strip()]
-        return {"args": args, "expected": json.loads(test["output"])}
-    except json.JSONDecodeError as error:
-        raise BadRow(f"a function-call test that is not JSON ({error.msg})") from error
-
-
-def _method(starter: str, name: str) -> str:
-    """``Solution.name`` where the starter code has that class, else ``name``."""
-    return f"Solution.{name}" if re.search(r"^class\s+Solution\b", starter, re.MULTILINE) else name
-
-
-def _taco(row: Row) -> Fields:
-    """APPS and TACO: ``question``, ``input_output`` (JSON: ``inputs``, ``outputs``, perhaps ``fn_name``)."""
-    packed = row["input_output"]
-    try:
-        tests = json.loads(packed) if isinstance(packed, str) else packed
-    except json.JSONDecodeError as error:
-        raise BadRow(f"input_output is not JSON ({error.msg})") from error
-    inputs, outputs = (tests or {}).get("inputs") or [], (tests or {}).get("outputs") or []
-    if not inputs or len(inputs) != len(outputs):
-        raise BadRow(f"{len(inputs)} inputs and {len(outputs)} outputs")
-    prompt, starter, name = _text(row, "question"), str(row.get("starter_code") or ""), tests.get("fn_name")
-    ask = f"Start from:\n\n```python\n{starter.rstrip()}\n```\n\n" if starter else ""
-    pairs = zip(inputs, outputs, strict=True)
-    return {
-        "id": _id(row, "taco", prompt, "problem_id", "id"),
-        "kind": "code",
-        "prompt": f"{prompt.strip()}\n\n{ask}{PROGRAM}",
-        "tests": [
-            {"args": i, "expected": o[0] if isinstance(o, list) and len(o) == 1 else o}
-            if name
-            else {"input": _joined(i), "output": _joined(o)}
-            for i, o in pairs
-        ],
-        "entry_point": _method(starter, name) if name else None,
-        "source": "taco",
-        "metadata": _rest(row, "difficulty"),
-    }
-
-
-def _joined(lines: object) -> str:
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,10 +241,11 @@ def _format(name: str, columns: str, fields: Callable[[Row], Fields], instructio
 
 FORMATS: tuple[SetFormat, ...] = (
     _format("problems", "id|kind|prompt", dict),
-    _format("humaneval", "task_id|prompt|test|entry_point", _human_eval),
-    _format("mbpp", "task_id|test_list", _mbpp),
-    _format("livecodebench", "question_id|question_content|public_test_cases", _livecodebench),
-    _format("taco", "question|input_output", _taco),
+    _format("humaneval", "task_id|prompt|test|entry_point", code_sets.human_eval),
+    _format("mbpp", "task_id|test_list", code_sets.mbpp),
+    _format("livecodebench", "question_id|question_content|public_test_cases", code_sets.livecodebench),
+    _format("apps", "problem_id|question|input_output", code_sets.apps),
+    _format("taco", "question|input_output", code_sets.apps),
     _format("gpqa", "Question|Correct Answer|Incorrect Answer 1", _gpqa, LETTER),
     _format("mmlu", "question|options|answer_index", _mmlu, LETTER),
     _format("mmlu", "question|choices|answer", _mmlu, LETTER),

@@ -4,21 +4,26 @@ One line, one problem::
 
     {"id": "sum-17", "kind": "math", "prompt": "What is the remainder when 47+83 is divided by 100?", "answer": "30"}
     {"id": "echo", "kind": "code", "prompt": "Print the input.", "tests": [{"input": "hi\\n", "output": "hi\\n"}]}
+    {"id": "add", "kind": "code", "prompt": "Add.", "entry_point": "add", "tests": [{"args": [1, 2], "expected": 3}]}
+    {"id": "add2", "kind": "code", "prompt": "Add.", "tests": [{"program": "assert add(1, 2) == 3"}]}
     {"id": "q1", "kind": "choice", "prompt": "... (A) 1 (B) 2", "answer": "B"}
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from memento.code_sets import python_fault
 from memento.errors import UserError
-from memento.problem_sets import Row, SetFormat, digest, format_named, read_rows, recognise
+from memento.problem_sets import SetFormat, format_named, read_rows, recognise
+from memento.rows import Row, digest
 
 
 class Record(BaseModel):
@@ -43,11 +48,69 @@ class StdioTest(Record):
 
 
 class CallTest(Record):
-    """The function `Problem.entry_point` is called with `args` and must return `expected`, compared as JSON values."""
+    """The function `Problem.entry_point` is called with `args` and must return `expected`, compared as JSON values.
+
+    `alternatives` are further values that are right.
+    """
 
     args: tuple[JsonValue, ...] = ()
     kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     expected: JsonValue
+    alternatives: tuple[JsonValue, ...] = ()
+
+
+class AssertTest(Record):
+    """`program` is a Python program that raises if the solution is wrong: ``assert add(1, 2) == 3``.
+
+    It runs in a process of its own, after `setup`. Names that neither defines are the solution's, and so is
+    `Problem.entry_point`. Only plain data crosses: numbers, text, lists, tuples, sets, dicts and what they hold.
+    """
+
+    program: str
+    setup: str = ""
+
+
+Test = StdioTest | CallTest | AssertTest
+
+TEST_BYTES = 64 << 20
+"""Of one test's input, or expected output."""
+
+TESTS_BYTES = 256 << 20
+"""Of all tests of a problem together."""
+
+
+def find_fault(tests: Sequence[Test]) -> str:
+    """What is wrong with the tests of a problem, or an empty string: unparsable, contradictory, too large, empty."""
+    golds: dict[str, tuple[int, str]] = {}
+    total = 0
+    for number, test in enumerate(tests, 1):
+        if isinstance(test, AssertTest):
+            asked, gold = f"{test.setup}\n{test.program}", ""
+            if not test.program.strip():
+                return f"test {number} is an empty program"
+            fault = python_fault(test.program)
+            if not fault and (in_setup := python_fault(test.setup)):
+                fault = f"in its setup, {in_setup}"
+            if fault:
+                return f"test {number} is not Python: {fault}"
+        elif isinstance(test, StdioTest):
+            asked, gold = test.input.rstrip(), test.output.rstrip()
+        else:
+            asked = json.dumps([test.args, test.kwargs], sort_keys=True)
+            gold = json.dumps([test.expected, *test.alternatives], sort_keys=True)
+        size = max(len(asked), len(gold))
+        total += len(asked) + len(gold)
+        if size > TEST_BYTES or total > TESTS_BYTES:
+            return (
+                f"test {number} is too large: {size:,} characters, {total:,} in all tests so far; "
+                f"at most {TEST_BYTES:,} and {TESTS_BYTES:,}"
+            )
+        earlier, other = golds.setdefault(asked, (number, gold))
+        if other != gold:
+            return f"tests {earlier} and {number} contradict each other: the same input, different outputs"
+    if all(isinstance(test, StdioTest) and not test.output.strip() for test in tests):
+        return "no test expects any output, so a program that does nothing passes"
+    return ""
 
 
 class Problem(Record):
@@ -59,7 +122,8 @@ class Problem(Record):
         prompt: the user turn, plain text. A special token spelled in it stays plain text.
         answer: for ``math`` LaTeX or text, for ``choice`` a letter.
         tests: for ``code``.
-        entry_point: for `CallTest`s, the function that is called.
+        entry_point: for `CallTest`s, the function that is called, or the method of a class `Solution`.
+        prelude: Python that runs before the program, in the same namespace: imports that the set promises.
         time_limit_s, memory_limit_mib: for ``code``, per test.
         source: the data set it came from.
         metadata: anything else; carried along, never read.
@@ -69,8 +133,9 @@ class Problem(Record):
     kind: ProblemKind
     prompt: str = Field(min_length=1)
     answer: str | None = None
-    tests: tuple[StdioTest | CallTest, ...] = ()
+    tests: tuple[Test, ...] = ()
     entry_point: str | None = None
+    prelude: str = ""
     language: str = "python"
     time_limit_s: float = Field(default=4.0, gt=0)
     memory_limit_mib: int = Field(default=512, gt=0)
@@ -84,6 +149,11 @@ class Problem(Record):
                 raise ValueError("a code problem needs `tests`")
             if any(isinstance(test, CallTest) for test in self.tests) and not self.entry_point:
                 raise ValueError("function-call tests need `entry_point`, the name of the function")
+            fault = find_fault(self.tests)
+            if fault:
+                raise ValueError(fault)
+            if self.prelude and (fault := python_fault(self.prelude)):
+                raise ValueError(f"`prelude` is not Python: {fault}")
         elif not (self.answer or "").strip():
             raise ValueError(f"a {self.kind.value} problem needs a non-empty `answer`")
         return self

@@ -144,31 +144,3 @@ def last_expression(text: str) -> str | None:
         if match.group().strip() and (best is None or match.start() >= best[0]):
             best = (match.end(), match.group().strip())
     return best[1] if best else None
-
-
-_FENCE_LINE = re.compile(r"[ \t]{0,8}```[ \t]*([\w+#.-]{0,40})[^`]{0,200}")
-_PYTHON = {"python", "python3", "py"}
-
-
-def find_program(completion: str) -> str | None:
-    """The last closed fence labelled python; without any labelled fence, the last unlabelled one; else None.
-
-    Several fences are usual (drafts, usage examples), the last one is the answer. A fence that the length limit cut
-    off is no answer, and a program in another language is not one either.
-    """
-    fences: list[tuple[str, str]] = []
-    label: str | None = None
-    body: list[str] = []
-    for line in visible_answer_text(completion).split("\n"):
-        match = _FENCE_LINE.fullmatch(line)
-        if match and label is None:
-            label, body = match[1].lower(), []
-        elif label is not None and line.strip() == "```":
-            fences.append((label, "\n".join(body) + "\n"))
-            label = None
-        elif label is not None:
-            body.append(line)
-    labelled = [label for label, _ in fences if label]
-    wanted = _PYTHON if labelled else {""}
-    programs = [body for label, body in fences if label in wanted and body.strip()]
-    return programs[-1] if programs else None

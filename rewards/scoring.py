@@ -14,14 +14,13 @@ from memento.config import ProblemsConfig, RewardsConfig
 from memento.errors import UserError
 from memento.problems import Problem, ProblemKind
 from memento.rewards.choice import letter_of, score_choice
-from memento.rewards.code_verifier import check_code_problem, score_code
+from memento.rewards.code_verifier import CodeVerifier
 from memento.rewards.composition import Term, compose, custom_result, format_term
 from memento.rewards.format_terms import TraceShape
 from memento.rewards.math_verifier import HANDLER, MathVerifier
-from memento.rewards.subprocess_sandbox import Sandbox
 from memento.rewards.workers import WorkerCounts, WorkerPool
 from memento.sources import Loaded, load
-from memento.trajectory import Outcome, RewardResult
+from memento.trajectory import RewardResult
 
 
 class Scorer:
@@ -56,9 +55,7 @@ class Scorer:
             for term in self.config.terms
             if term.function is not None
         }
-        self._programs = threading.BoundedSemaphore(self.config.workers)
-        self._sandbox: Sandbox | None = None
-        self._sandbox_lock = threading.Lock()
+        self.code = CodeVerifier(self.config)
 
     def score(self, problem: Problem, completion: str, shape: TraceShape | None = None) -> RewardResult:
         """The verdict on one completion. Whatever the completion holds, this returns; it does not raise.
@@ -86,15 +83,7 @@ class Scorer:
             if letter_of(problem.answer or "") is None:
                 raise UserError(f"problem {problem.id!r}: the answer {problem.answer!r} is not a letter A-J.")
         else:
-            check_code_problem(problem)
-            self.sandbox()
-
-    def sandbox(self) -> Sandbox:
-        """The code sandbox; made, and its level settled, on first use. Raises UserError where it is refused."""
-        with self._sandbox_lock:
-            if self._sandbox is None:
-                self._sandbox = Sandbox(self.config.sandbox)
-            return self._sandbox
+            self.code.check(problem)
 
     def check_terms(self) -> None:
         """Start a worker of every custom term, to fail now and not in the first step.
@@ -122,6 +111,7 @@ class Scorer:
         """End all worker processes."""
         for pool in self._pools:
             pool.close()
+        self.code.close()
 
     @property
     def _pools(self) -> list[WorkerPool]:
@@ -145,13 +135,7 @@ class Scorer:
             return self._math.score(problem, completion)
         if problem.kind is ProblemKind.CHOICE:
             return score_choice(problem, completion)
-        sandbox = self.sandbox()
-        with self._programs:
-            try:
-                check_code_problem(problem)
-            except UserError as error:
-                return RewardResult(score=None, outcome=Outcome.VERIFIER_ERROR, detail=str(error))
-            return score_code(problem, completion, sandbox, budget_s=self.config.code_timeout_s)
+        return self.code.score(problem, completion)
 
 
 _default: Scorer | None = None

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from memento.rewards.answers import AnswerSource, find_answer, find_program, last_boxed
+from memento.rewards.answers import AnswerSource, find_answer, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -88,30 +88,8 @@ def test_only_after_thinking():
 def test_a_megabyte_of_anything_is_read_in_linear_time(text: str):
     start = time.process_time()
     find_answer(text)
-    find_program(text)
     assert time.process_time() - start < 3.0
 
 
 def test_last_box_at_the_end_of_a_megabyte():
     assert find_answer("x = 1 " * 170_000 + r"\boxed{\text{ok}}") == (r"\text{ok}", AnswerSource.BOXED)
-
-
-FENCE = "```python\nprint(1)\n```"
-
-
-@pytest.mark.parametrize(
-    ("text", "program"),
-    [
-        (FENCE, "print(1)\n"),
-        ("```py\na\n```\nthen\n```Python3\nb\n```", "b\n"),
-        (FENCE + "\nExample output:\n```text\n1\n```", "print(1)\n"),
-        ("```\nprint(2)\n```", "print(2)\n"),
-        ("<think>" + FENCE + "</think>done", None),
-        ("print(1)", None),
-        ("```cpp\nint main() {}\n```", None),
-        ("```python\nprint(1)", None),
-        ("```python\n\n```", None),
-    ],
-)
-def test_program(text: str, program: str | None):
-    assert find_program(text) == program
