@@ -274,6 +274,27 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             ),
         ),
     ),
+    "verifier": (
+        "The verifiers, over the time since the step before. Evaluations count too.",
+        (
+            Metric("verifier/samples_per_s", "1/s", "verdicts over wall time"),
+            Metric("verifier/p50_s", "s", "median seconds of a verdict", "", "some", "at least one verdict"),
+            Metric(
+                "verifier/p99_s", "s", "99th percentile", "below `rewards.timeout_s`", "some", "at least one verdict"
+            ),
+            Metric("verifier/correct", "count", "verdicts by outcome"),
+            Metric("verifier/wrong", "count", "the same"),
+            Metric("verifier/unparsable", "count", "completions without an answer that can be read"),
+            Metric("verifier/timeout", "count", "not verified in time", "near 0"),
+            Metric("verifier/verifier_error", "count", "the verifier failed: no score", "0"),
+            Metric("verifier/restarts", "count", "workers that were started again", "0"),
+            Metric("verifier/retries", "count", "verifications that were tried again", "0"),
+            Metric("verifier/timeouts", "count", "workers that were killed at their deadline", "near 0"),
+            Metric("verifier/recycled", "count", "workers renewed after their share of jobs"),
+            Metric("verifier/pending", "groups", "inside the pool when the step was logged"),
+            Metric("verifier/waiting", "groups", "callers that wait for a full pool", "0"),
+        ),
+    ),
     "engine": (
         "The vLLM engines, over the time since the step before.",
         (
@@ -444,6 +465,7 @@ TITLES = {
     "lag": "Lag and dropped groups",
     "train": "Learner",
     "mismatch": "Mismatch of engine and learner",
+    "verifier": "Verifiers",
     "engine": "Engines",
     "seconds": "Seconds",
     "eval": "Evaluation",

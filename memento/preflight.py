@@ -262,6 +262,26 @@ def check_lengths(config: RlConfig, model_config: dict[str, Any]) -> None:
         )
 
 
+def check_reference(reference: Path | str, model: Path | str) -> None:
+    """Check that a reference model reads and predicts the same ids as the policy.
+
+    Raises:
+        UserError: it is no complete model, or has another vocabulary.
+    """
+    folders = [check_model(reference), check_model(model)]
+    theirs, ours = (load_tokenizer(name).get_vocab() for name in (reference, model))
+    if theirs != ours:
+        other = sorted({token for token, _ in theirs.items() ^ ours.items()})[:3]
+        raise UserError(
+            f"reference: {reference} has another vocabulary than {model} ({len(theirs)} tokens and {len(ours)}, e.g. "
+            f"{', '.join(other)}): their log-probabilities cannot be compared token by token. A model from before the "
+            "delimiters were added is none; leave reference at null for the model the run starts from."
+        )
+    rows = [read_model_config(folder).get("vocab_size") for folder in folders if folder is not None]
+    if len(set(rows)) > 1:
+        raise UserError(f"reference: {reference} has vocab_size {rows[0]}, {model} has {rows[1]}; they must agree.")
+
+
 def check_run(config: RlConfig) -> MementoFormat:
     """Check all of the above for a run, before anything is started or written.
 
@@ -276,5 +296,7 @@ def check_run(config: RlConfig) -> MementoFormat:
     fmt = config.format.bind(load_tokenizer(config.model))
     if folder is not None:
         check_lengths(config, read_model_config(folder))
+    if config.reference is not None:
+        check_reference(config.reference, config.model)
     check_resources(config)
     return fmt

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from memento.cluster import connect
 from memento.config import RlConfig, override_config
 from memento.errors import RunFailed, UserError
-from memento.preflight import check_model, check_run, load_tokenizer
+from memento.preflight import check_model, check_reference, check_run, load_tokenizer
 from memento.problems import Record, explain
 from memento.rewards.pool import RewardPool
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
@@ -63,6 +63,8 @@ def replay(config: RlConfig, rollouts: str | Path, *, resume: bool = False) -> P
         MismatchAlarm, LearnerError: as in training.
     """
     check_model(config.model)
+    if config.reference is not None:
+        check_reference(config.reference, config.model)
     fmt = config.format.bind(load_tokenizer(config.model))
     steps = min(config.steps, count_groups(rollouts, config) // config.groups_per_step)
     with Run.open(config, resume=resume) as run, ExitStack() as parts:
@@ -193,17 +195,18 @@ def record(config: RlConfig, *, resume: bool = False) -> Path:
             parts.callback(engines.close)
             rewards = RewardPool(config.rewards)
             parts.callback(rewards.close)
+            rewards.check()
             checkpoint = latest_checkpoint(run.folder) if resume else None
             state = load_state(checkpoint) if checkpoint is not None else RunState()
-        stream, window = open_window(config, state, problems, engines, rewards)
+        stream, window = open_window(config, fmt, state, problems, engines, rewards)
         parts.callback(window.close)
         for step in range(state.step, config.steps):
             groups = next_groups(run, window, stream, config, version=0)
             done = step if groups is None else step + 1
             if groups is not None:
                 run.save_groups(done, groups)
-                metrics = rollout_metrics(groups, fmt, version=0) | window_metrics(window) | engines.metrics()
-                run.log(done, metrics)
+                metrics = rollout_metrics(groups, fmt, version=0) | window_metrics(window)
+                run.log(done, metrics | engines.metrics() | rewards.metrics())
             if groups is None or is_due(done, config.checkpoint.interval, config.steps):
                 save_checkpoint(run.folder, state.at(done, stream, window), NoLearner(), keep=config.checkpoint.keep)
             if groups is None:

@@ -23,6 +23,7 @@ from memento.errors import RunFailed
 from memento.format import MementoFormat
 from memento.preflight import check_run
 from memento.problems import Problem
+from memento.rewards.format_terms import trace_shape
 from memento.rewards.pool import RewardPool
 from memento.rl.batch import assemble
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
@@ -76,7 +77,7 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
             with run.phase("eval"):
                 return evaluate_held_out(config, fmt, engines, rewards, held_out, step)
 
-        stream, window = open_window(config, state, problems, engines, rewards)
+        stream, window = open_window(config, fmt, state, problems, engines, rewards)
         parts.callback(window.close)
         if held_out and state.step == 0:
             before = held_out_accuracy(0).metrics()
@@ -101,6 +102,7 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
                 **rollout_metrics(groups, fmt, version=step),
                 **window_metrics(window),
                 **engines.metrics(),
+                **rewards.metrics(),
                 **stats,
                 **system_metrics(now - began, stats["learner/seconds"], now - syncing, update, tokens),
             }
@@ -135,17 +137,24 @@ def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, Rollou
         if part.exception() is None:
             parts.callback(part.result().close)
     learner, engines, rewards = starting
+    rewards.result().check()  # a custom term that cannot be had
     return learner.result(), engines.result(), rewards.result()
 
 
 def open_window(
-    config: RlConfig, state: RunState, problems: Sequence[Problem], engines: RolloutPool, rewards: RewardPool
+    config: RlConfig,
+    fmt: MementoFormat,
+    state: RunState,
+    problems: Sequence[Problem],
+    engines: RolloutPool,
+    rewards: RewardPool,
 ) -> tuple[ProblemStream, GroupWindow]:
     """Problems and groups from where the loop stands; groups that were in flight then are started again."""
 
     def rollout(request: RolloutRequest) -> ScoredGroup:
         trajectories = engines.generate(request)
-        results = rewards.score(request.problem, [trajectory.text for trajectory in trajectories])
+        shapes = [trace_shape(t, fmt) for t in trajectories] if config.rewards.terms else None
+        results = rewards.score(request.problem, [t.text for t in trajectories], shapes)
         return ScoredGroup(problem=request.problem, trajectories=trajectories, rewards=tuple(results))
 
     algorithm = config.algorithm
