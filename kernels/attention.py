@@ -184,6 +184,7 @@ def memento_attention(
     return attend(q, k, v, visibility, scale=scale, implementation=implementation)
 
 
+@torch.compiler.disable
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,7 +194,10 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """`memento_attention` on a `Visibility` that several layers share."""
+    """`memento_attention` on a `Visibility` that several layers share.
+
+    ``torch.compile`` leaves it alone: the plan differs from batch to batch, and compiling it would compile every batch.
+    """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:

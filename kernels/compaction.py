@@ -149,14 +149,14 @@ def _compact_plain(cache: PagedCache, moves: Moves) -> None:
 
 def _compact_packed(cache: PagedCache, elements: torch.Tensor, moves: Moves) -> None:
     _, heads, page_tokens, content = cache.layers[0].shape
-    page, offset = moves.slots // page_tokens, moves.slots % page_tokens
-    head = torch.arange(heads, device=elements.device)[:, None]
-    # [2, N, heads, content] places in the flattened layer, the same for every layer.
-    places = ((page[..., None, None] * heads + head) * (page_tokens * content)) + elements[offset][:, :, None]
-    source, target = places.flatten(1)
+    of_page = page_tokens * content
+    # Places in a flattened layer, int64 [2, N * content]: those of the first head; the others follow, a page apart.
+    first = moves.slots // page_tokens * (heads * of_page)
+    source, target = (first[..., None] + elements[moves.slots % page_tokens]).flatten(1)
     for layer in cache.words:
-        flat = layer.view(-1)
-        flat.index_copy_(0, target, flat.index_select(0, source))
+        for head in range(heads):
+            flat = layer.view(-1)[head * of_page :]
+            flat.scatter_(0, target, flat.gather(0, source))
 
 
 def _compact_triton(cache: PagedCache, moves: Moves) -> None:

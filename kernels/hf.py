@@ -14,6 +14,7 @@ checkpointing, DeepSpeed and trainers see an ordinary model. `PackedPolicy` wrap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from memento.format import lowest_visible
 from memento.kernels.attention import Visibility, attend
 from memento.kernels.logprobs import linear_logprobs
 
@@ -49,22 +51,23 @@ def attach(model: PreTrainedModel) -> None:
     * ``attention_mask`` (optional, 2D): where it is 0 the token is padding. Not together with ``document``;
     * ``memento_implementation`` (optional): as for `memento_attention`.
 
-    The call runs with ``use_cache=False``: with a cache `transformers` silently ignores packing.
+    The call runs with ``use_cache=False``: with a cache `transformers` silently ignores packing. Layers with a sliding
+    window see the last so many *resident* keys (`memento.format.lowest_visible`), as they do in an engine that evicts.
 
     Args:
         model: any causal language model that goes through `transformers`' attention interface.
 
     Raises:
-        ValueError: sliding-window layers or attention dropout, which this attention does not have.
+        ValueError: layers of another kind than full or sliding attention, or attention dropout.
     """
     config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or [])
-    if not layer_types and getattr(config, "sliding_window", None):
+    layer_types, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
+    if not layer_types and window:
         layer_types = {"sliding_attention"}
-    if unsupported := layer_types - {"full_attention"}:
+    if unsupported := layer_types - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"{type(model).__name__} has {', '.join(sorted(unsupported))} layers; memento attention supports "
-            "full_attention layers only."
+            "full_attention and sliding_attention layers only."
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(
@@ -74,7 +77,8 @@ def attach(model: PreTrainedModel) -> None:
     register()
     model.set_attn_implementation(ATTENTION)
 
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
+    decoder._memento_window = window if "sliding_attention" in layer_types else None
     if _see not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_see, with_kwargs=True)
 
@@ -90,8 +94,24 @@ def _see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         if padding.ndim != 2 or document is not None:
             raise ValueError("pass either document=[B, T] or a 2D attention_mask (1 token, 0 padding), not both")
         document = None if bool(padding.all()) else torch.where(padding.bool(), 0, PADDING_DOCUMENT)
-    visibility = Visibility(until, kwargs.pop("lowest_visible", None), document)
-    return args, kwargs | {"attention_mask": None, "use_cache": False, "visibility": visibility}
+    lowest, window = kwargs.pop("lowest_visible", None), getattr(_module, "_memento_window", None)
+    visibility = sliding = Visibility(until, lowest, document)
+    if lowest is None and window is not None and window < until.shape[1]:
+        sliding = Visibility(until, _window_starts(until, document, window), document)
+    seen = {"visibility": visibility, "sliding_visibility": sliding}
+    return args, kwargs | {"attention_mask": None, "use_cache": False} | seen
+
+
+def _window_starts(until: torch.Tensor, document: torch.Tensor | None, window: int) -> torch.Tensor:
+    """`memento.format.lowest_visible` of each document of each row, in row positions, int64 [B, T]."""
+    limits_BT = until.numpy(force=True)
+    documents_BT = np.zeros_like(limits_BT) if document is None else document.numpy(force=True)
+    lowest_BT = np.empty_like(limits_BT)
+    for limits, documents, lowest in zip(limits_BT, documents_BT, lowest_BT, strict=True):
+        cuts = np.flatnonzero(np.diff(documents)) + 1
+        for start, end in pairwise([0, *cuts.tolist(), len(limits)]):
+            lowest[start:end] = lowest_visible(limits[start:end] - start, window) + start
+    return torch.from_numpy(lowest_BT).to(until.device)
 
 
 def _attention_forward(
@@ -102,6 +122,8 @@ def _attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     visibility: Visibility | None = None,
+    sliding_visibility: Visibility | None = None,
+    sliding_window: int | None = None,
     memento_implementation: str | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
@@ -110,6 +132,8 @@ def _attention_forward(
         raise ValueError(
             f"{type(module).__name__} was given no visibility; prepare the model with memento.kernels.hf.attach(model)"
         )
+    if sliding_window is not None and sliding_visibility is not None:
+        visibility = sliding_visibility
     out = attend(query, key, value, visibility, scale=scaling, implementation=memento_implementation)
     return out.transpose(1, 2).contiguous(), None
 
