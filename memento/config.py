@@ -262,7 +262,7 @@ class RewardsConfig(Section):
     """Isolation of model-written code, in the log and in every result. `namespaces` contains hostile programs, and
     refuses to start where the kernel does not allow them. `subprocess` stops accidents only (docs/rewards.md)."""
     sandbox_python: Path | None = None
-    """The interpreter of model-written code (3.9 or later), with its packages. null: this one, without packages."""
+    """The interpreter of model-written code (3.9 or later), with its packages. null: the one below this environment."""
     sandbox_preload: tuple[str, ...] = ()
     """Modules loaded once, before programs import them, e.g. numpy."""
     cpus: float = Field(default=0.0, ge=0)

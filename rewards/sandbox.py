@@ -35,12 +35,12 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import JsonValue
 
@@ -162,7 +162,7 @@ class Sandbox:
         level: what is asked for; nothing weaker is taken.
         slots: runs at once. Each slot is a zygote, and a second one for asserts when they are first needed.
         python: the interpreter that runs the programs, with the packages it has; its files must be readable by
-            everybody. Default: this one without the packages of its virtual environment.
+            everybody. Default: the one this virtual environment is made from.
         preload: modules that the zygote imports once, so that programs need not (e.g. numpy).
 
     Raises:
@@ -269,25 +269,32 @@ class Sandbox:
         self._closed = True
         self._end()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def pids(self) -> list[int]:
         """Of the zygotes' launchers that are running."""
         zygotes = (zygote for slot in self._slots for zygote in (slot.program, slot.asserts))
         return [zygote.pid for zygote in zygotes if zygote.pid is not None]
 
-    def _with_slot(self, work: Any) -> Any:
+    def _with_slot(self, work: Callable[[_Slot], T]) -> T:
         """Run `work` on a free slot; once more on a fresh one if the zygote failed it."""
         slot = self._idle.get()
+        failure: Exception = SandboxError("not tried")
         try:
-            for attempt in (1, 2):
+            for _ in range(2):
                 if self._closed:
                     raise SandboxError("the sandbox was closed")
                 try:
                     return work(slot)
                 except (SandboxError, OSError) as error:
                     slot.close()
-                    if attempt == 2:
-                        raise SandboxError(str(error)) from error
+                    failure = error
+            raise SandboxError(str(failure)) from failure
         finally:
             self._idle.put(slot)
 

@@ -37,6 +37,7 @@ import threading
 import time
 import traceback
 import types
+from typing import Any
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -88,7 +89,7 @@ def mount(source, target, kind, flags, options=""):
     check(done, "mount " + target)
 
 
-def prctl(option, value, more=0):
+def prctl(option, value, more: object = 0):
     check(libc.prctl(option, ctypes.c_ulong(value), more, 0, 0), f"prctl {option}")
 
 
@@ -415,7 +416,7 @@ def run_mode(mode, fds):
         code = 1
         traceback.print_exc()
     try:
-        threading._shutdown()
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
         for stream in {id(stream): stream for stream in (sys.stdout, stdout)}.values():
             if not getattr(stream, "closed", True):
@@ -514,7 +515,7 @@ def receive_bytes(fd, count):
     return b"".join(parts)
 
 
-def encode(value, other):
+def encode(value: Any, other):
     """Plain data as JSON: lists, strings, small numbers as they are, other types as {tag: content}.
 
     Args:
@@ -553,7 +554,7 @@ def encode(value, other):
     return other(value)
 
 
-def decode(data, other):
+def decode(data: Any, other):
     """The value of `encode`: exact built-in types only. `other` turns {"object": number} back into something."""
     if isinstance(data, list):
         return [decode(item, other) for item in data]
@@ -683,10 +684,8 @@ class Remote:
     def __setattr__(self, name, value):
         self._solution.ask(do="set", target=self._target, name=name, value=encode(value, as_remote))
 
-    __hash__ = None
 
-
-NOT_ASKED = "eq ne lt le gt ge bool len iter contains getitem index int float add radd sub mul str repr"
+NOT_ASKED = "hash eq ne lt le gt ge bool len iter contains getitem index int float add radd sub mul str repr"
 for _name in NOT_ASKED.split():
     setattr(Remote, f"__{_name}__", refused(_name))
 
