@@ -16,6 +16,7 @@ run in turn, round by round, so that a busy machine slows all of them; times are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -30,10 +31,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from memento.format import NEVER, MementoFormat, visible_until
-from memento.kernels import Visibility
+from memento.format import NEVER, MementoFormat
+from memento.kernels import Visibility, trace_visibility
 from memento.kernels.attention import IMPLEMENTATIONS, attend
-from memento.kernels.hf import pack
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,9 +53,12 @@ def traces(args: argparse.Namespace, tokens: int) -> Visibility:
             ids += [1] + [7] * length(args.block_tokens) + [2, 3] + [8] * length(args.memento_tokens) + [4]
         documents.append(ids + [9] * args.prompt_tokens)
     documents[-1] = documents[-1][: len(documents[-1]) - (sum(map(len, documents)) - tokens)]
-    limits = [visible_until(d, FMT, min(len(d), args.prompt_tokens)) for d in documents]
-    row = {name: x.to(args.device) for name, x in pack(documents, limits).items()}
-    return Visibility(row["visible_until"], None, row["document"] if len(documents) > 1 else None)
+    token_ids = torch.tensor([[*itertools.chain(*documents)]], device=args.device)
+    if len(documents) == 1:
+        return trace_visibility(token_ids, FMT)
+    numbers = [[i] * len(d) for i, d in enumerate(documents)]
+    document = torch.tensor([[*itertools.chain(*numbers)]], device=args.device)
+    return trace_visibility(token_ids, FMT, document=document)
 
 
 def visible_pairs(visibility: Visibility) -> int:
@@ -74,26 +77,12 @@ def contestants(args: argparse.Namespace, seen: Visibility, causal: Visibility) 
     def dense_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
-    def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, compiled: Any, block_mask: Any) -> torch.Tensor:
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
-
     found: dict[str, Attention] = {}
     for name in args.only:
         if name == "causal":
             found[name] = partial(attend, visibility=causal, implementation="sdpa")
         elif name == "dense mask":
             found[name] = dense_mask
-        elif name == "flex":
-            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-            until = seen.visible_until[0]
-            document = torch.zeros_like(until) if seen.document is None else seen.document[0]
-
-            def rule(_b: Any, _h: Any, query: Any, key: Any, until: Any = until, document: Any = document) -> Any:
-                return (key <= query) & (query < until[key]) & (document[query] == document[key])
-
-            block_mask = create_block_mask(rule, None, None, len(until), len(until), device=args.device)
-            found[name] = partial(flex, compiled=torch.compile(flex_attention), block_mask=block_mask)
         else:
             found[name] = partial(attend, visibility=seen, implementation=name)
     return found
@@ -195,7 +184,7 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds of this process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--only", nargs="+", help="causal, 'dense mask', flex, " + ", ".join(IMPLEMENTATIONS))
+    parser.add_argument("--only", nargs="+", help="causal, 'dense mask', " + ", ".join(IMPLEMENTATIONS))
     parser.add_argument(
         "--blocks", type=int, default=0, help="blocks a trace, traces being packed; 0: one endless trace"
     )
@@ -207,8 +196,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     args = parser.parse_args()
     ours = ["triton", "flex"] if args.device == "cuda" else ["segments"]
-    args.only = args.only or ["causal", "dense mask", *(x for x in ours if x == "flex" or x in IMPLEMENTATIONS)]
-    if unknown := set(args.only) - {"causal", "dense mask", "flex", *IMPLEMENTATIONS}:
+    args.only = args.only or ["causal", "dense mask", *ours]
+    if unknown := set(args.only) - {"causal", "dense mask", *IMPLEMENTATIONS}:
         parser.error(f"unknown in --only: {', '.join(sorted(unknown))}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
