@@ -176,8 +176,10 @@ def test_what_is_not_supported_is_refused(attached: Qwen3ForCausalLM) -> None:
     ids = torch.tensor([TRACES[0]])
     with pytest.raises(ValueError, match="needs visible_until"):
         attached(ids)
-    with pytest.raises(ValueError, match="sliding_attention layers"):
-        attach(tiny(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=4))
+    with pytest.raises(ValueError, match="chunked_attention layers"):
+        strange = tiny()
+        strange.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+        attach(strange)
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         attach(tiny(attention_dropout=0.1))
     with pytest.raises(ValueError, match="do not fit into a row of 10"):
