@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from memento.run import read_metrics
@@ -30,6 +31,8 @@ from memento.trajectory import read_trajectories
 
 MARK = "MEMENTO_KILL_RUN"
 """Environment variable by which the processes of a run are found; Ray's processes inherit it."""
+
+STEPS, GROUPS = 8, 4
 
 VICTIMS = {
     "driver": "memento.rl.train",
@@ -41,8 +44,8 @@ VICTIMS = {
 """What is killed, and how its command line begins (or, for the driver, what it holds)."""
 
 SETTINGS = (
-    "steps=5",
-    "groups_per_step=4",
+    f"steps={STEPS}",
+    f"groups_per_step={GROUPS}",
     "group_size=4",
     "sampling.max_tokens=48",
     "rollout.max_model_len=128",
@@ -105,13 +108,22 @@ def sweep(mark: str, patience_s: float) -> int:
     return len(left)
 
 
-def start(out: Path, model: Path, mark: str, config: Path, seed: int, *, resume: bool) -> subprocess.Popen[bytes]:
+def start(
+    out: Path,
+    model: Path,
+    mark: str,
+    config: Path,
+    seed: int,
+    *,
+    resume: bool,
+    settings: Sequence[str] = SETTINGS,
+) -> subprocess.Popen[bytes]:
     """The run as a process of its own; what it says goes to a file beside its folder."""
     command = [sys.executable, "-m", "memento.rl.train", str(config), f"out={out}", f"model={model}", f"seed={seed}"]
     environment = os.environ | {MARK: mark}
     with out.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            [*command, *SETTINGS, *(["--resume"] if resume else [])], env=environment, stdout=log, stderr=log
+            [*command, *settings, *(["--resume"] if resume else [])], env=environment, stdout=log, stderr=log
         )
 
 
@@ -120,7 +132,7 @@ def faults(out: Path) -> list[str]:
     found = []
     rows = read_metrics(out)
     steps = [row["step"] for row in rows]
-    if steps != list(range(1, 6)):
+    if steps != list(range(1, STEPS + 1)):
         found.append(f"steps {steps}")
     if not (out / "hf" / "model.safetensors").is_file():
         found.append("no exported model")
@@ -131,21 +143,33 @@ def faults(out: Path) -> list[str]:
     lost = max(serials) + 1 - len(serials) - dropped
     if twice:
         found.append(f"{len(twice)} samples trained twice, e.g. {twice[0]}")
-    if lost != 0 or len(serials) != 20:
+    if lost != 0 or len(serials) != STEPS * GROUPS:
         found.append(f"{len(serials)} groups trained, {dropped} dropped, {lost} lost")
     return found
 
 
-def one_run(number: int, folder: Path, model: Path, config: Path, choose: random.Random, longest_s: float) -> list[str]:
+def steps_done(out: Path) -> int:
+    """How many lines the metrics of a run have."""
+    return len(read_metrics(out)) if (out / "metrics.jsonl").is_file() else 0
+
+
+def one_run(number: int, folder: Path, model: Path, config: Path, choose: random.Random, start_s: float) -> list[str]:
     """Start, kill, resume until it ends; prints a line and returns what was wrong."""
-    victim, moment = choose.choice(list(VICTIMS)), choose.uniform(2.0, longest_s)
+    victim = choose.choice(list(VICTIMS))
+    # While it starts, or so many seconds after some step: starting takes longer than all steps together.
+    after = choose.choice([None, *range(1, STEPS), *range(1, STEPS)])
+    moment = choose.uniform(2.0, start_s) if after is None else choose.uniform(0.0, 3.0)
     out, mark = folder / f"run-{number}", secrets.token_hex(8)
     began = time.monotonic()
     process = start(out, model, mark, config, number, resume=False)
     killed = 0
     try:
+        while after is not None and steps_done(out) < after and process.poll() is None:
+            time.sleep(0.1)
+            began = time.monotonic()
         while time.monotonic() - began < moment and process.poll() is None:
             time.sleep(0.1)
+        reached = steps_done(out)
         while process.poll() is None and not (killed := kill(victim, mark, process.pid, choose)):
             time.sleep(0.2)  # it is not up yet
         code, resumes, orphans = process.wait(600), 0, 0
@@ -161,11 +185,10 @@ def one_run(number: int, folder: Path, model: Path, config: Path, choose: random
         left = sweep(mark, 30)
     if left:
         wrong.append(f"{left} processes stayed after the end")
-    what = f"{victim} ({killed} processes) after {moment:.0f} s" if killed else "nothing: it ended before"
-    done = len(read_metrics(out)) if (out / "metrics.jsonl").is_file() else 0
+    when = "at its start" if after is None else f"after step {reached}"
+    what = f"{victim} ({killed} processes) {when}, {moment:.1f} s" if killed else "nothing: it ended before"
     print(
-        f"{number:>3}  killed {what:<42} {resumes} resumes, {orphans} orphans, {done} steps: "
-        f"{'; '.join(wrong) or 'whole'}",
+        f"{number:>3}  killed {what:<52} {resumes} resumes, {orphans} orphans: {'; '.join(wrong) or 'whole'}",
         flush=True,
     )
     return wrong
@@ -189,13 +212,13 @@ def main(arguments: list[str] | None = None) -> int:
             code = start(folder / "untouched", model, mark, config, 0, resume=False).wait(900)
         finally:
             sweep(mark, 30)
-        longest_s = time.monotonic() - began
         wrong = faults(folder / "untouched") if code == 0 else [f"exit code {code}"]
-        print(f"untouched: {longest_s:.0f} s: {'; '.join(wrong) or 'whole'}", flush=True)
+        print(f"untouched: {time.monotonic() - began:.0f} s: {'; '.join(wrong) or 'whole'}", flush=True)
         if wrong:
             print((folder / "untouched.log").read_text(errors="replace")[-3000:])
             return 1
-        results = [one_run(n + 1, folder, model, config, choose, longest_s) for n in range(options.runs)]
+        start_s = read_metrics(folder / "untouched")[0]["seconds/start"] or 0.0
+        results = [one_run(n + 1, folder, model, config, choose, start_s) for n in range(options.runs)]
     whole = sum(not wrong for wrong in results)
     print(json.dumps({"runs": len(results), "whole": whole, "seed": options.seed}))
     return 0 if whole == len(results) else 1

@@ -26,7 +26,7 @@ from memento.rewards.pool import RewardPool
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
 from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
-from memento.rl.metrics import rollout_metrics
+from memento.rl.metrics import resident_mib, rollout_metrics
 from memento.rl.train import (
     check_mismatch,
     is_due,
@@ -81,7 +81,7 @@ def replay(config: RlConfig, rollouts: str | Path, *, resume: bool = False) -> P
             taken = list(islice(groups, config.groups_per_step))
             with profiled(run, learner, step + 1):
                 stats = learn(run, taken, config, fmt, learner)
-            run.log(step + 1, {**rollout_metrics(taken, fmt), **stats})
+            run.log(step + 1, {**rollout_metrics(taken, fmt), **stats, "memory/driver_rss_mib": resident_mib()})
             check_mismatch(config, run, step + 1, stats, taken)
             if run.stopping or is_due(step + 1, config.checkpoint.interval, steps):
                 with run.phase("checkpoint"):

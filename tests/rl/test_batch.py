@@ -129,6 +129,14 @@ def test_what_must_not_reach_the_loss(make, fmt):
     refused("1 groups cannot fill 2", [good, good], config=make("config", learner={"minibatches": 2}))
 
 
+def test_the_end_token_is_trained_whatever_it_also_means(make, fmt):
+    # 0 ends the completions, as it does where a tokenizer pads with its end token; it also stands inside of one.
+    first, second = make("trajectory", [0, 9], [5, 0, 6, 0]), make("trajectory", [0, 9], [7, 0], sample=1)
+    batch = assemble([make("group", [first, second], [1.0, 0.0])], make("config", groups_per_step=1), fmt)
+    (row,) = rows(batch)
+    assert row.token_ids[row.loss_mask].tolist() == [5, 0, 6, 0, 7, 0] and batch.minibatches[0].loss_tokens == 6
+
+
 def test_a_batch_pickles(make, fmt):
     batch = assemble(make("random_groups", 2, 2), make("config"), fmt)
     copy = pickle.loads(pickle.dumps(batch))

@@ -15,7 +15,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -25,11 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memento.config import AlgorithmConfig, RlConfig, override_config
 from memento.errors import UserError
 from memento.format import visible_until
+from memento.rl import learner_rank
 from memento.rl.advantages import group_advantages
 from memento.rl.batch import assemble
 from memento.rl.export import _weights_of_checkpoint
 from memento.rl.learner import FAILED_BATCH, Learner, LearnerError, NonFiniteLoss
 from memento.rl.learner_rank import LearnerRank
+from memento.rl.lora import ExportedTensor
 from memento.rollout.weights import read_weights
 from memento.tiny import write_tiny_model
 
@@ -490,6 +492,18 @@ def adapter_weights(rank: Any) -> dict[str, torch.Tensor]:
             with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
                 found[name.partition(".lora_A.")[0]] = p.detach().clone()
     return found
+
+
+def test_shards_are_gathered_a_bucket_at_a_time(monkeypatch):
+    def shard(name: str, numel: int) -> ExportedTensor:
+        parameter = torch.nn.Parameter(torch.zeros(0))
+        cast(Any, parameter).ds_numel = numel  # what ZeRO-3 calls the size of the whole
+        return ExportedTensor(name, (parameter,))
+
+    monkeypatch.setattr(learner_rank, "GATHER_BYTES", 400)
+    tensors = [shard("a", 60), shard("b", 60), shard("c", 500), shard("d", 10), shard("e", 10)]
+    buckets = [[tensor.name for tensor in bucket] for bucket in learner_rank._buckets(tensors)]
+    assert buckets == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_layers_that_an_adapter_cannot_find_are_named(cluster, config_of):

@@ -120,6 +120,20 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(config_of, rollouts
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.long
+def test_memory_does_not_grow(config_of, groups, tmp_path) -> None:
+    file = tmp_path / "rollouts.jsonl"
+    append_jsonl([group for _ in range(100) for group in groups[:4]], file)
+    config = config_of(tmp_path / "run", steps=200, checkpoint={"interval": 1000}, algorithm={})
+    replay(config, file)
+    rows = read_metrics(tmp_path / "run")
+    assert len(rows) == 200
+    for name in ("memory/learner_rss_mib", "memory/driver_rss_mib"):
+        values = [float(row[name] or 0) for row in rows]
+        print(name, values[49], values[-1])
+        assert 0 < values[-1] < values[49] + 10, name  # MiB over the last 150 steps
+
+
 def changed(groups: list[ScoredGroup], **update: Any) -> list[ScoredGroup]:
     first = groups[0]
     trajectories = tuple(t.model_copy(update=update) for t in first.trajectories)
