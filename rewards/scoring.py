@@ -207,6 +207,20 @@ def bad_golds(problems: Iterable[Problem], scorer: Scorer | None = None) -> dict
     return {p.id: why for p, why in zip(problems, complaints, strict=True) if why is not None}
 
 
+def check_terms(config: RewardsConfig) -> None:
+    """Import every custom term, in the process that will run it, before anything else is started.
+
+    Raises:
+        UserError: a function that cannot be had.
+    """
+    if any(term.function is not None for term in config.terms):
+        scorer = Scorer(config)
+        try:
+            scorer.check_terms()
+        finally:
+            scorer.close()
+
+
 def load_verified(
     config: ProblemsConfig, rewards: RewardsConfig | None = None, *, exclude: Iterable[Loaded] = ()
 ) -> Loaded:
