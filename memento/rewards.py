@@ -7,6 +7,8 @@ __path__, __getattr__ = package(
     score="memento.rewards.scoring",
     check_gold="memento.rewards.scoring",
     check_golds="memento.rewards.scoring",
+    check_terms="memento.rewards.scoring",
+    load_verified="memento.rewards.scoring",
     Scorer="memento.rewards.scoring",
     RewardPool="memento.rewards.pool",
 )

@@ -141,6 +141,9 @@ _FRACTION = re.compile(
 )
 
 
+_BASED = re.compile(r"\s*([0-9A-F]+)_(?:\{\s*)?(\d+)\s*\}?\s*")
+"""A number in another base than ten: ``204_5``."""
+
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
@@ -193,6 +196,10 @@ def same_without_sympy(gold: str, answer: str) -> bool | None:
         return True
     if is_words(gold):
         return letter_of(gold) is not None and letter_of(gold) == letter_of(answer)
+    based = _BASED.fullmatch(gold)
+    if based:  # SymPy would drop the base
+        said = _BASED.fullmatch(answer)
+        return based.groups() == said.groups() if said else based[1] == answer.strip()
     gold_number, answer_number = as_number(gold), as_number(answer)
     if gold_number is not None and not gold_number.exact and _DECIMAL_COMMA.fullmatch(answer.strip()):
         answer_number = as_number(answer.replace(",", "."))  # 2,74 for 2.74: no list is meant
@@ -216,9 +223,9 @@ def gold_text(problem: Problem) -> str:
     text = (problem.answer or "").strip()
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed
-    dollars = _DOLLARS.match(text)
-    return dollars[1].strip() if dollars else text
+        return boxed.removesuffix(".").rstrip()
+    dollars = _DOLLARS.match(text.removesuffix("."))
+    return (dollars[1] if dollars else text).strip().removesuffix(".").rstrip()
 
 
 def normalise(text: str) -> str:
@@ -273,14 +280,13 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
     Args:
         boxed: the answer stood in a box and is read as one formula; otherwise as text around a formula or number.
     """
-    parse, verify = _math_verify()
-    answer = _readable(answer)
-    golds = _parsed_gold(gold)
+    _, _, verify = _math_verify()
+    golds = _parsed(gold)
     if not golds:
         return {"gold_parsed": False, "answer_parsed": False, "equal": False}
-    answers = parse(f"\\boxed{{{answer}}}")
-    if not boxed and not answers:
-        answers = parse(answer)
+    answers = _parsed(answer)
+    if not boxed and not answers and "\\" not in answer:
+        answers = _found_in(answer)
     equal = bool(answers) and verify(golds, answers)
     if not equal:
         _refuse_a_verdict_for_lack_of_memory()
@@ -288,22 +294,45 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
 
 
 @lru_cache(maxsize=1024)
-def _parsed_gold(gold: str) -> tuple[Basic, ...]:
-    """A gold is compared with every sample of its group, and parsing is half of the work."""
-    parse, _ = _math_verify()
-    return tuple(parse(f"\\boxed{{{_readable(gold)}}}"))
+def _parsed(text: str) -> tuple[Basic, ...]:
+    """A formula as SymPy reads it, as a whole or not at all.
 
+    Of a formula it cannot read math-verify would take some number in it: 2 for ``\\frac \\pi4 + 2``. Remembered: a gold
+    is compared with every sample of its group, and parsing is half of the work.
+    """
+    parse_formula, parse_text, _ = _math_verify()
+    readable = _readable(text)
+    if not readable:
+        return ()
+    return tuple(parse_formula(f"\\boxed{{{readable}}}") or (parse_text(readable) if _PLAIN.fullmatch(text) else ()))
+
+
+def _found_in(prose: str) -> tuple[Basic, ...]:
+    """The formula or number that stands in a piece of prose."""
+    _, parse_text, _ = _math_verify()
+    return tuple(parse_text(prose))
+
+
+_PLAIN = re.compile(r"[\d\s.,+\-*/^()%]+")
+"""Arithmetic that is no LaTeX: read as text where it does not parse as a formula."""
 
 _UPRIGHT = re.compile(r"\\(?:mathrm|rm|operatorname)\{\s*([ei])\s*\}")
 _SET_BUILDER = re.compile(r"\\mid\b|\\vert\b.*\\\}")
+_TIMES_I = re.compile(r"(?<=\d)i(?![A-Za-z])")  # 3i: written so, i is just another variable to it
+_THOUSANDS = re.compile(r"(?<=\d),?\\!\s?(?=\d{3})")
+_BARE_FRACTION = re.compile(r"\\([dtc]?)frac\s*(\\pi(?![a-z])|[0-9A-Za-z])\s*(\\pi(?![a-z])|[0-9A-Za-z])")
 
 
 def _readable(latex: str) -> str:
-    r"""What the parser trips over, written otherwise: an upright ``\mathrm{e}`` is e.
+    r"""What the parser trips over, written otherwise: ``\mathrm{e}`` is e, ``\frac \pi4`` is ``\frac{\pi}{4}``.
 
-    ``\{x \mid x > 2\}`` reads as 2 to it, so sets by a condition are not read at all, and gives an empty text.
+    ``\{x \mid x > 2\}`` reads as 2 to it, so sets by a condition are not read at all, and give an empty text.
     """
-    return "" if _SET_BUILDER.search(latex) else _UPRIGHT.sub(r"{\1}", latex)
+    if _SET_BUILDER.search(latex):
+        return ""
+    latex = _THOUSANDS.sub("", _UPRIGHT.sub(r"{\1}", latex))
+    latex = _TIMES_I.sub(" i", latex.replace("\\varnothing", "\\emptyset"))
+    return _BARE_FRACTION.sub(r"\\\1frac{\2}{\3}", latex)
 
 
 def warm_up() -> None:
@@ -312,22 +341,32 @@ def warm_up() -> None:
 
 
 @cache
-def _math_verify() -> tuple[Callable[[str], list[Basic]], Callable[[Sequence[Any], Sequence[Any]], bool]]:
+def _math_verify() -> tuple[
+    Callable[[str], list[Basic]], Callable[[str], list[Basic]], Callable[[Sequence[Any], Sequence[Any]], bool]
+]:
+    """Its functions, without timeouts: parse what stands in a box, parse text, verify."""
     import logging
 
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that our deadlines are not its own
-    targets = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
+    box = [math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    anything = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
 
-    def parse(text: str) -> list[Basic]:
+    def parse(text: str, targets: Sequence[Any]) -> list[Basic]:
         # no_fallback: only what SymPy understood. Strings were compared before we came here.
         return math_verify.parse(text, targets, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+    def parse_formula(text: str) -> list[Basic]:
+        return parse(text, box)
+
+    def parse_text(text: str) -> list[Basic]:
+        return parse(text, anything)
 
     def verify(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
         return math_verify.verify(list(gold), list(answer), timeout_seconds=None)
 
-    return parse, verify
+    return parse_formula, parse_text, verify
 
 
 def _refuse_a_verdict_for_lack_of_memory() -> None:
