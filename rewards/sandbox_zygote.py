@@ -515,7 +515,7 @@ def receive_bytes(fd, count):
     return b"".join(parts)
 
 
-def encode(value: Any, other):
+def encode(value: Any, other) -> Any:
     """Plain data as JSON: lists, strings, small numbers as they are, other types as {tag: content}.
 
     Args:
@@ -554,7 +554,7 @@ def encode(value: Any, other):
     return other(value)
 
 
-def decode(data: Any, other):
+def decode(data: Any, other) -> Any:
     """The value of `encode`: exact built-in types only. `other` turns {"object": number} back into something."""
     if isinstance(data, list):
         return [decode(item, other) for item in data]
