@@ -71,7 +71,7 @@ def generate_file(
         console: where the progress bar goes; null for stderr.
 
     Raises:
-        UserError: `out` holds something else, a prompt is too long, or the engines do not start.
+        UserError: `out` holds something else or cannot be written, a prompt is too long, or the engines do not start.
     """
     from memento.rollout.pool import RolloutPool
 
@@ -132,7 +132,7 @@ def generate_into(
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     group = future.result()
-                    append_jsonl(group, out)
+                    _append(group, out)
                     generated += len(group)
                     tokens += sum(len(trajectory.completion_ids) for trajectory in group)
                 rate = tokens / (time.perf_counter() - began)
@@ -140,6 +140,17 @@ def generate_into(
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
     return GenerateResult(generated, skipped, tokens, time.perf_counter() - began)
+
+
+def _append(group: tuple[Trajectory, ...], out: Path) -> None:
+    """Write a group, or stop: what is in the file stays, and a line that was torn is cut off by the next call."""
+    try:
+        append_jsonl(group, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. The samples in it are safe; make room, and run the same "
+            "command again for the others."
+        ) from error
 
 
 def _already_there(out: Path, sampling: SamplingParams, evict: bool, seed: int) -> set[tuple[str, int]]:
