@@ -75,12 +75,19 @@ def contestants(args: argparse.Namespace, seen: Visibility, causal: Visibility) 
     mask = seen.mask if "dense mask" in args.only else None
 
     def dense_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        # Heads are repeated, as transformers does it: with a mask no fused GPU kernel shares them.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def whole_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
     found: dict[str, Attention] = {}
     for name in args.only:
         if name == "causal":
-            found[name] = partial(attend, visibility=causal, implementation="sdpa")
+            found[name] = (
+                whole_row if causal.document is None else partial(attend, visibility=causal, implementation="sdpa")
+            )
         elif name == "dense mask":
             found[name] = dense_mask
         else:
@@ -184,6 +191,13 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds of this process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument(
+        "--tiling",
+        type=int,
+        nargs=8,
+        metavar="N",
+        help="of triton: queries, keys, warps, stages, of both passes",
+    )
     parser.add_argument("--only", nargs="+", help="causal, 'dense mask', " + ", ".join(IMPLEMENTATIONS))
     parser.add_argument(
         "--blocks", type=int, default=0, help="blocks a trace, traces being packed; 0: one endless trace"
@@ -203,6 +217,11 @@ def main() -> None:
         parser.error("--device cuda: torch sees no GPU here")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.tiling:
+        from memento.kernels import tiles, triton_attention
+
+        chosen = tiles.Tiling(*args.tiling[:4]), tiles.Tiling(*args.tiling[4:])
+        triton_attention.tilings = lambda *_: chosen
     torch.manual_seed(args.seed)
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
