@@ -39,6 +39,7 @@ run logprob 180 "$python" benchmarks/logprob.py --device cuda --dtype bfloat16 -
     --words 151936 --only ours triton full "${others[@]}" --rounds 3 --json "$out/logprob.json"
 run compaction 90 "$python" benchmarks/compaction.py --device cuda --layers 36 --kv-heads 8 --head-dim 128 \
     --requests 1 4 16 64 --rounds 21 --json "$out/compaction.json"
+run visibility 60 "$python" benchmarks/visibility.py --device cuda
 has transformers && run step 120 "$python" benchmarks/step.py --device cuda --dtype bfloat16 --tokens 32768 \
     --attention triton --json "$out/step.json"
 "$python" benchmarks/gpu_report.py "$out" | tee "$out/report.md"

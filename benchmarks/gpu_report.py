@@ -119,6 +119,8 @@ def main() -> None:
             if name != "copy_us"
         ]
         print(table(["requests", "moved", "copy us", "", "us", "over copy", "kernel us", "over copy"], rows))
+    if (log := folder / "visibility.log").exists():
+        print(f"\n## Visibility from token ids\n\n```\n{log.read_text().strip()}\n```")
     if found := load(folder, "step"):
         print(f"\n## A training step\n\n`{' '.join(found['command'])}`\n")
         seconds = found["seconds"]
