@@ -7,7 +7,7 @@ export VENV
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long unit lint format clean
+.PHONY: help install quickstart test test-long unit lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,12 @@ lint: install ## ruff and pyright
 format: install ## let ruff rewrite the files
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: install ## the documentation, into build/docs (what is printed from the code is written first)
+	$(BIN)/memento reference config > docs/configuration.md
+	$(BIN)/memento reference metrics > docs/metrics.md
+	$(BIN)/memento reference picture > docs/images/visible.svg
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove caches and build results (not .venv, not runs/)
 	rm -rf build dist .ruff_cache .pytest_cache .hypothesis

@@ -320,6 +320,10 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of an RL run.")],
     out: Annotated[Path, typer.Option("--out", help="The Hugging Face folder to write.")],
     step: Annotated[int | None, typer.Option("--step", min=0, help="This checkpoint, not the finished model.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: the learner's.")
+    ] = None,
+    shard_gb: Annotated[float, typer.Option("--shard-gb", min=0.001, help="Largest safetensors file.")] = 5.0,
 ) -> None:
     """A plain Hugging Face folder that transformers and vLLM load: weights, tokenizer, chat template, model card.
 
@@ -327,7 +331,30 @@ def export(
     """
     from memento.rl.export import export_run
 
-    typer.echo(f"model: {export_run(run, out, step)}")
+    typer.echo(f"model: {export_run(run, out, step, dtype=dtype, shard_gb=shard_gb)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model.")],
+    to: Annotated[str, typer.Option("--to", metavar="ORG/NAME", help="The repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Also to a repository that holds files already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list only; no network.")] = False,
+) -> None:
+    """Send an exported model to the Hugging Face hub, as one commit. It is checked first.
+
+    Example: `memento push models/my-memento --to my-organisation/my-memento --dry-run`
+    """
+    from memento.rl.hub import plan_push
+    from memento.rl.hub import push as send
+
+    plan = plan_push(folder, to)
+    for name, size in plan.files:
+        typer.echo(f"{size / 1e6:>12,.2f} MB  {name}")
+    typer.echo(f"{plan.total / 1e6:>12,.2f} MB  together, to {to}")
+    if not dry_run:
+        typer.echo(f"pushed: {send(folder, to, public=public, update=update)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -535,6 +562,22 @@ def reference(
     if page not in REFERENCES:
         raise UserError(f"there is no reference {page!r}; there are {', '.join(REFERENCES)}.")
     typer.echo(REFERENCES[page](), nl=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Folders of two runs or more.")],
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="This metric (docs/metrics.md). Repeatable.")
+    ] = None,
+) -> None:
+    """Runs side by side: what differs in their configurations, their metrics, accuracy with standard errors.
+
+    Example: `memento compare runs/rl runs/second --metric kv/peak_ratio`
+    """
+    from memento.compare import comparison
+
+    _console().print(comparison(runs, metrics or ()))
 
 
 @app.command()

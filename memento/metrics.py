@@ -312,6 +312,8 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             Metric("engine/restarts", "count", "engines that Ray started again, since the start of the run", "0"),
             Metric("engine/requeued", "count", "parts of groups given to another engine, since the start", "0"),
             Metric("engine/timeouts", "count", "parts without an answer in `rollout.request_timeout_s`", "0"),
+            Metric("engine/hung", "count", "engines killed because they made no step, since the start", "0"),
+            Metric("engine/dropped", "count", "parts given up after four attempts, since the start", "0"),
             Metric("engine/version", "steps", "weight version that every ready engine holds", "the step"),
         ),
     ),

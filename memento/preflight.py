@@ -150,6 +150,12 @@ def check_resources(
     return plan
 
 
+def compared_resources(config: RlConfig) -> list[str]:
+    """`resource_table` of a run and the machines it would run on."""
+    nodes = available_nodes()
+    return resource_table(resource_plan(config, gpus_there=sum(node.get("GPU", 0.0) for node in nodes)), nodes)
+
+
 def resource_table(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> list[str]:
     """What is asked for against what is there, as lines of a table."""
     rows = [("", "count", "CPU", "GPU")]

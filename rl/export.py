@@ -9,6 +9,7 @@ end-of-sequence id, and a model card with the run's configuration and results. I
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -26,6 +27,11 @@ from memento.rl.checkpoint import CHECKPOINTS, latest_checkpoint, load_state
 from memento.run import load_run_config, read_metrics
 
 CARD = "README.md"
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+SHARD_GB = 5.0
+"""Largest safetensors file of an export, in 10^9 bytes."""
 
 
 class ExportError(UserError):
@@ -48,19 +54,29 @@ class ModelCheck(Record):
     eos_token_ids: tuple[int, ...]
 
 
-def export_run(run_folder: str | Path, out: str | Path, step: int | None = None) -> Path:
+def export_run(
+    run_folder: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = SHARD_GB,
+) -> Path:
     """Write the model of a run to `out`.
 
     Args:
         run_folder: of an RL run.
         out: the folder to make. It may be there if it is empty.
         step: the checkpoint to take. None: the finished model in ``hf``, or the newest checkpoint where there is none.
+        dtype: of the weights, a key of `DTYPES`. None: the learner's.
+        shard_gb: largest safetensors file, in 10^9 bytes.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: no such run or checkpoint, or `out` is not empty. Nothing is overwritten.
+        UserError: no such run, checkpoint or dtype, `out` is not empty, or the disk is full. Nothing is overwritten,
+            and nothing half-written has the name `out`.
         ExportError: the model does not load.
     """
     run_folder, out = Path(run_folder), Path(out)
@@ -71,23 +87,29 @@ def export_run(run_folder: str | Path, out: str | Path, step: int | None = None)
         raise UserError(f"{out} is a file; --out names the folder to write.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty, and an export overwrites nothing. Choose another --out.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}.")
     finished = run_folder / "hf"
     checkpoint = None if step is None and (finished / "config.json").is_file() else _checkpoint(run_folder, step)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        if checkpoint is None:
+        if checkpoint is not None:
+            _weights_of_checkpoint(checkpoint, config, aside, dtype, shard_gb)
+        elif dtype is None and max(f.stat().st_size for f in finished.iterdir()) <= shard_gb * 1e9:
             for file in sorted(f for f in finished.iterdir() if f.is_file() and f.name != CARD):
                 shutil.copy2(file, aside / file.name)
         else:
-            _weights_of_checkpoint(checkpoint, config, aside)
+            _weights_of_folder(finished, aside, dtype, shard_gb)
         finish_folder(
             aside, run_folder, step=load_state(checkpoint).step if checkpoint else config.steps, name=out.name
         )
         aside.chmod(0o755)
         os.replace(aside, out)  # replaces an empty folder, fails on any other
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {out.parent} is full: make room, or choose another --out.") from error
         raise
     return out
 
@@ -126,8 +148,24 @@ def _checkpoint(run_folder: Path, step: int | None) -> Path:
     return found
 
 
-def _weights_of_checkpoint(checkpoint: Path, config: RlConfig, folder: Path) -> None:
-    """Weights out of DeepSpeed's own files (ZeRO 0 to 3), in the run's dtype; the rest is the base model's."""
+def _weights_of_folder(source: Path, folder: Path, dtype: str | None, shard_gb: float) -> None:
+    """A model folder again, in another dtype or in other shards; what is no weight is copied."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = "auto" if dtype is None else getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, local_files_only=True)
+    model.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
+    for file in sorted(f for f in source.iterdir() if f.is_file()):
+        is_weight = file.suffix in (".safetensors", ".bin", ".pt") or file.name.endswith(".index.json")
+        if not is_weight and file.name != CARD and not (folder / file.name).exists():
+            shutil.copy2(file, folder / file.name)
+
+
+def _weights_of_checkpoint(
+    checkpoint: Path, config: RlConfig, folder: Path, dtype_name: str | None, shard_gb: float
+) -> None:
+    """Weights out of DeepSpeed's own files (ZeRO 0 to 3), in the run's dtype or another; the rest is the base's."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -135,7 +173,7 @@ def _weights_of_checkpoint(checkpoint: Path, config: RlConfig, folder: Path) -> 
     from memento.rl.learner_rank import CHECKPOINT_TAG
     from memento.rl.lora import merge_state
 
-    dtype = getattr(torch, config.learner.dtype)
+    dtype = getattr(torch, dtype_name or config.learner.dtype)
     saved = checkpoint / CHECKPOINT_FOLDER
     if config.learner.zero_stage < 3:  # every rank holds the whole model
         file = saved / CHECKPOINT_TAG / "mp_rank_00_model_states.pt"
@@ -161,7 +199,7 @@ def _weights_of_checkpoint(checkpoint: Path, config: RlConfig, folder: Path) -> 
         model.generation_config = GenerationConfig.from_pretrained(config.model)
     except OSError:
         model.generation_config = GenerationConfig.from_model_config(model_config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
     load_tokenizer(config.model).save_pretrained(folder)
 
 
@@ -201,6 +239,7 @@ def check_model_folder(folder: str | Path, format: FormatConfig | None = None) -
         ExportError: a tensor is missing, unknown or of another shape; the tokenizer lacks a delimiter or the chat
             template, or has ids beyond the embedding.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
@@ -213,7 +252,7 @@ def check_model_folder(folder: str | Path, format: FormatConfig | None = None) -
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
         )
         model, info = loaded
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder} does not load: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(quiet)
@@ -306,7 +345,17 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 The text then still holds blocks and mementos, but the model sees everything it wrote, which is not how it was trained:
-expect other accuracies, and the KV cache of an ordinary model.
+expect other accuracies, and the KV cache of an ordinary model. With eviction in plain transformers:
+
+```python
+from memento.format import MementoFormat
+from memento.generation import generate  # of memento-rl; needs torch and transformers only
+
+fmt = MementoFormat.from_tokenizer(tokenizer, evict_delimiters={config.format.evict_delimiters})
+prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True)
+result = generate(model, list(prompt["input_ids"]), fmt, max_new_tokens=4096)
+print(tokenizer.decode(result.completion_ids))
+```
 
 ## Configuration of the run
 

@@ -21,7 +21,7 @@ from memento.command import run_config
 from memento.config import RlConfig
 from memento.errors import RunFailed
 from memento.format import MementoFormat
-from memento.preflight import check_run
+from memento.preflight import check_run, compared_resources
 from memento.problems import Problem
 from memento.rewards.format_terms import trace_shape
 from memento.rewards.pool import RewardPool
@@ -127,6 +127,8 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
 def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
     """Bring learner, engines and verifiers up side by side: each takes seconds to minutes."""
     connect()
+    for line in compared_resources(config):
+        run.say(line)
     with ThreadPoolExecutor(3) as threads:
         starting = (
             threads.submit(Learner, config),
@@ -174,6 +176,7 @@ def next_groups(
         fill(window, stream, config)
         while not run.stopping and not window.wait(version, SIGNAL_POLL_S):
             fill(window, stream, config)
+            run.within(window.ready(), config.groups_per_step)
     return None if run.stopping else window.take()
 
 
@@ -260,7 +263,8 @@ def save(run: Run, state: RunState, learner: Learner) -> None:
     """Write a checkpoint from which the next step goes on as if nothing had happened."""
     assert isinstance(run.config, RlConfig)
     checkpoint = run.config.checkpoint
-    save_checkpoint(run.folder, state, learner, keep=checkpoint.keep, keep_best=checkpoint.keep_best)
+    folder = save_checkpoint(run.folder, state, learner, keep=checkpoint.keep, keep_best=checkpoint.keep_best)
+    run.saved(state.step, folder)
 
 
 def window_metrics(window: GroupWindow) -> dict[str, float]:

@@ -11,12 +11,14 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ import torch
 
 from memento.config import RlConfig
 from memento.format import parse
+from memento.generation import generate
+from memento.metrics import missing, undocumented
 from memento.run import load_run_config, read_metrics
+from memento.tracking import TABLE, TRACE
 from memento.trajectory import read_trajectories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -123,6 +128,72 @@ print("TEXT", llm.chat([{{"role": "user", "content": "Compute 12+34 modulo 100."
     done = run([sys.executable, "-c", program], env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "<|block_start|>" in done.stdout and "boxed" in done.stdout
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_there(quickstart: Path, wandb_file: Any) -> None:
+    rows = read_metrics(quickstart / "rl")
+    assert undocumented({name for row in rows for name in row}) == []
+    trained, evaluated = ([row for row in rows if name in row] for name in ("reward/mean", "eval/accuracy"))
+    assert len(trained) > 1 and len(evaluated) > 1
+    assert {tuple(missing(row, "step")) for row in trained} == {()}
+    assert {tuple(missing(row, "eval")) for row in evaluated} == {()}
+    for stage in ("stage1", "stage2", "control"):
+        lines = read_metrics(quickstart / stage)
+        assert undocumented({name for row in lines for name in row}) == []
+        assert {tuple(missing(row, "sft")) for row in lines} == {()}, stage
+    # The W&B run on the disk has the same lines: every number of metrics.jsonl, and nothing that is not described.
+    lines = [
+        line
+        for file in sorted((quickstart / "rl" / "wandb").glob("*run-*/*.wandb"))
+        for line in wandb_file.history(file)
+    ]
+    assert [line["step"] for line in lines] == [row["step"] for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        numbers = {name: value for name, value in line.items() if not name.startswith("rollouts/")}
+        assert numbers.keys() == row.keys()
+        assert all(value is None or numbers[name] == pytest.approx(value) for name, value in row.items())
+    assert any(TABLE in line and TRACE in line for line in lines)
+
+
+def test_commands_on_a_finished_model(quickstart: Path, tmp_path: Path) -> None:
+    model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
+    engine = ["--limit", "4", "--max-tokens", "400"]
+    for setting in ("max_model_len=512", "block_size=32", "kv_cache_mib=64", "dtype=float32", "device=cpu"):
+        engine += ["--set", f"rollout.{setting}"]
+    evaluated = [str(model), "--problems", str(problems), "--samples", "2", "--out", str(tmp_path / "result.json")]
+    done = run([*MEMENTO, "evaluate", *evaluated, *engine], timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["problems"] == 4 and result["kv"]["peak_ratio"] > 1
+    generated = [str(model), "--problems", str(problems), "--samples", "2", "--out", str(tmp_path / "rollouts.jsonl")]
+    done = run([*MEMENTO, "generate", *generated, *engine], timeout=400)
+    assert done.returncode == 0 and "8 trajectories" in done.stdout, done.stderr[-3000:]
+    page = tmp_path / "trace.html"
+    looked = run([*MEMENTO, "view", str(tmp_path / "rollouts.jsonl"), "--model", str(model), "--html", str(page)])
+    assert looked.returncode == 0 and "data-trace" in page.read_text(), looked.stderr
+    shutil.copytree(quickstart / "rl", tmp_path / "rl", ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    compared = run([*MEMENTO, "compare", str(quickstart / "rl"), str(tmp_path / "rl")])
+    assert compared.returncode == 0 and "configurations are the same" in compared.stdout, compared.stderr
+    reported = run([*MEMENTO, "report", str(tmp_path / "rl")])
+    assert reported.returncode == 0 and (tmp_path / "rl" / "report.html").is_file(), reported.stderr
+
+
+def test_transformers_deletes_the_same_kv_as_the_engine(quickstart: Path) -> None:
+    """Greedy completions of the engine, once more in plain transformers with a cache that shrinks."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_run_config(quickstart / "rl")
+    assert isinstance(config, RlConfig)
+    folder = quickstart / "rl" / "hf"
+    fmt = config.format.bind(tokenizer(folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    compared = 0
+    for trajectory in islice(read_trajectories(quickstart / "eval" / "rl_evicted_tgreedy.jsonl"), 3):
+        ours = generate(model, trajectory.prompt_ids, fmt, max_new_tokens=len(trajectory.completion_ids))
+        assert ours.completion_ids == trajectory.completion_ids
+        assert ours.evictions == tuple(e for e in trajectory.evictions if e.boundary < len(trajectory.token_ids))
+        compared += len(ours.evictions)
+    assert compared > 3
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(quickstart: Path, tmp_path: Path) -> None:

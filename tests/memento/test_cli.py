@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_all_commands_are_there() -> None:
     wanted = {"quickstart", "sft", "rl", "evaluate", "generate", "score", "view", "export", "serve", "show", "doctor"}
-    wanted |= {"reference", "report"}
+    wanted |= {"reference", "report", "compare", "push"}
     assert wanted <= set(COMMANDS)
 
 
@@ -82,6 +82,10 @@ def test_show_prints_the_tree_and_the_plan(capsys: pytest.CaptureFixture[str], t
         (["doctor", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["reference", "everything"], "there are config, metrics, picture"),
         (["report", "nowhere"], "nowhere is no folder"),
+        (["compare", "nowhere"], "two run folders or more"),
+        (["compare", "nowhere", "elsewhere"], "nowhere is no run folder"),
+        (["push", "nowhere", "--to", "a/b"], "nowhere is no model folder"),
+        (["push", "nowhere", "--to", "just-a-name"], "no hub repository (organisation/name)"),
     ],
 )
 def test_bad_input_is_one_paragraph(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

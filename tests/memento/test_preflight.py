@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memento import preflight
+from memento import doctor, preflight
 from memento.config import RlConfig
 from memento.doctor import diagnose, pinned_versions
 from memento.errors import UserError
@@ -142,6 +143,39 @@ def test_doctor_knows_the_tested_set() -> None:
     checks = {check.name: check for check in diagnose()}
     assert checks["vLLM"].level == "ok" and checks["torch"].level == "ok", checks
     assert all(check.fix for check in checks.values() if check.level != "ok")
+
+
+def test_doctor_looks_for_what_a_run_needs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    tree: dict[str, Any] = {"out": tmp_path / "run", "model": model, "problems": {"path": tmp_path / "p.jsonl"}}
+    found = {check.name: check for check in diagnose(RlConfig.model_validate(tree))}
+    assert (found["model"].level, found["out"].level, found["W&B"].level) == ("ok", "ok", "ok")
+    assert found["problems"].level == "problem" and "is not there" in found["problems"].found
+    (tmp_path / "p.jsonl").touch()
+    (tmp_path / "file").touch()
+    tree |= {"out": tmp_path / "file" / "run", "model": tmp_path, "tracking": {"mode": "online"}}
+    found = {check.name: check for check in diagnose(RlConfig.model_validate(tree))}
+    assert found["problems"].level == "ok"
+    assert "no complete Hugging Face model" in found["model"].found and found["model"].level == "problem"
+    assert found["out"].level == "problem" and found["W&B"].level == "problem"
+    assert all(check.fix for check in found.values() if check.level != "ok")
+
+
+def test_doctor_names_ports_in_use_and_variables() -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert doctor._taken(listener.getsockname()[1])
+    assert not doctor._taken(0)
+
+
+def test_machines_whose_nccl_variables_differ_are_named() -> None:
+    agree = {"a": {"NCCL_IB_HCA": "mlx5"}, "b": {"NCCL_IB_HCA": "mlx5"}}
+    assert doctor._agreement(agree).level == "ok"
+    check = doctor._agreement({"a": {"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "INFO"}, "b": {"NCCL_DEBUG": "INFO"}})
+    assert check.level == "problem" and check.found == "differ: NCCL_IB_HCA: mlx5, unset"
 
 
 def test_the_tiny_tokenizer_binds() -> None:

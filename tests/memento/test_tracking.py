@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,6 @@ from memento.config import RlConfig, TrackingConfig
 from memento.errors import UserError
 from memento.tracking import COLUMNS, TABLE, TRACE, check_tracking, package_files, table_rows
 from memento.trajectory import ScoredGroup, append_jsonl
-
-BLOCK = 32_768
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    """The protobuf records of a ``.wandb`` file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB; each
-    fragment has 4 bytes of checksum, 2 of length, and 1 that says whole, first, middle or last)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, parts = file.read_bytes(), 7, b""
-    while at < len(data):
-        if BLOCK - at % BLOCK < 7:  # the rest of a block is padding
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record: Any = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def history(file: Path) -> list[dict[str, Any]]:
-    """The lines of a W&B run, W&B's own keys left out."""
-    rows = []
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = {(item.nested_key or [item.key])[0]: json.loads(item.value_json) for item in record.history.item}
-            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
-    return rows
-
 
 SCRIPT = textwrap.dedent(
     """
@@ -95,16 +62,16 @@ def files(run: Path) -> list[Path]:
     return sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
 
 
-def test_a_wandb_run_keeps_its_id_and_has_every_line(tracked: Path) -> None:
+def test_a_wandb_run_keeps_its_id_and_has_every_line(tracked: Path, wandb_file: Any) -> None:
     run_id = json.loads((tracked / "environment.json").read_text())["run_id"]
     assert {file.name for file in files(tracked)} == {f"run-{run_id}.wandb"}
-    lines = [line for file in files(tracked) for line in history(file)]
+    lines = [line for file in files(tracked) for line in wandb_file.history(file)]
     assert [(line["step"], line["reward/mean"]) for line in lines] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert all("seconds/step" in line for line in lines)
 
 
-def test_tables_and_pages_come_every_so_many_steps(tracked: Path) -> None:
-    lines = [line for file in files(tracked) for line in history(file)]
+def test_tables_and_pages_come_every_so_many_steps(tracked: Path, wandb_file: Any) -> None:
+    lines = [line for file in files(tracked) for line in wandb_file.history(file)]
     assert [TABLE in line for line in lines] == [True, False, True]
     media = [next(file.parent.glob("files/media/table/rollouts/*.table.json")) for file in files(tracked)]
     table = json.loads(media[0].read_text())
@@ -116,8 +83,8 @@ def test_tables_and_pages_come_every_so_many_steps(tracked: Path) -> None:
     assert TRACE in lines[0] and "<svg" in page and "data-trace" in page
 
 
-def test_config_code_checkpoints_and_alerts_are_in_it(tracked: Path) -> None:
-    records = [record for file in files(tracked) for record in wandb_records(file)]
+def test_config_code_checkpoints_and_alerts_are_in_it(tracked: Path, wandb_file: Any) -> None:
+    records = [record for file in files(tracked) for record in wandb_file.records(file)]
     of = {kind: [r for r in records if r.WhichOneof("record_type") == kind] for kind in ("run", "artifact", "alert")}
     config = {item.key: json.loads(item.value_json) for item in of["run"][0].run.config.update}
     assert config["algorithm"]["loss"] == "cispo" and config["steps"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -71,6 +72,38 @@ def test_an_exported_run_loads_and_says_what_it_is(model: Path, tmp_path: Path) 
     assert "| held-out accuracy | 0.875 | 20 |" in card
     assert "memento serve mine --port 8000" in card
     assert [f.name for f in out.parent.iterdir()] == ["mine"]  # nothing left aside
+
+
+def test_dtype_and_shards_are_chosen(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_run(tmp_path / "run", model)
+    out = export_run(tmp_path / "run", tmp_path / "half", dtype="bfloat16", shard_gb=2e-5)
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 2 and (out / "model.safetensors.index.json").is_file()
+    loaded = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    expected = load_file(model / "model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name].bfloat16()) for name in expected)
+    assert AutoTokenizer.from_pretrained(out).chat_template and (out / CARD).is_file()
+    ids = torch.arange(20)[None]
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)(ids).logits
+    assert torch.equal(exported, AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)(ids).logits)
+    with pytest.raises(UserError, match="--dtype: 'int4' is none of float32"):
+        export_run(tmp_path / "run", tmp_path / "other", dtype="int4")
+
+
+def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", model)
+
+    def full(source: object, target: object) -> None:
+        Path(str(target)).touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(UserError, match=r"disk of .* is full"):
+        export_run(tmp_path / "run", tmp_path / "out" / "mine")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_trainer_can_finish_its_own_folder(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""The documentation: it builds without a warning, what is printed from the code is current, its commands are real."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from memento.cli import app
+from memento.config import load_config
+from memento.reference import FILES, REFERENCES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PROGRAMS = ("memento ", "make ", "ray ", "git ", "pip ", "python ", "docker ", "kubectl ", "sbatch ", "tensorboard ")
+PROGRAMS += ("wandb ", "lm_eval ", "lighteval ", "curl ", "export ", "source ", "vllm ", "MEMENTO_PROFILE=")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The command lines in a page's code blocks, comments and chained commands taken apart."""
+    inside = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line.startswith(("```bash", "```sh")) if not inside else False
+            continue
+        if not (inside or (page.name == "README.md" and line.startswith("    "))):
+            continue
+        for part in re.sub(r"\s{2,}#.*$", "", line.strip()).split(" && "):
+            if part.startswith(PROGRAMS) and (inside or "..." not in part):
+                yield part
+
+
+ALL = sorted({command for page in PAGES if page.name != "LOG.md" for command in commands(page)})
+
+
+def rows() -> list[tuple[list[str], str]]:
+    """The table of docs/commands.md: patterns, and what runs them."""
+    found = []
+    for line in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            left, right = line.strip("| ").split(" | ", 1)
+            found.append((re.findall(r"`([^`]+)`", left), right))
+    return found
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_printed_pages_are_current(name: str) -> None:
+    committed = (ROOT / FILES[name]).read_text(encoding="utf-8")
+    assert committed == REFERENCES[name](), f"run: memento reference {name} > {FILES[name]}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    page = (tmp_path / "site" / "concepts.html").read_text()
+    assert "images/visible.svg" in page and (tmp_path / "site" / "images" / "visible.svg").is_file()
+    assert "fonts.googleapis" not in page, "a page loads nothing from elsewhere"
+
+
+def test_links_out_of_the_repository_are_whole() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./%#-]*)?", target), f"{page.name}: {target}"
+            elif page.name == "README.md":
+                assert (ROOT / target.split("#")[0]).exists(), f"README.md: {target}"
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(ALL) > 40 and {"make install", "memento quickstart --out runs/quickstart"} <= set(ALL)
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_command_has_a_row(command: str) -> None:
+    assert any(fnmatchcase(command, pattern) for patterns, _ in rows() for pattern in patterns), (
+        f"{command}: say in docs/commands.md which test runs it, or what it needs"
+    )
+
+
+def test_every_row_names_a_test_that_is_there() -> None:
+    for patterns, text in rows():
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+            assert (ROOT / file).is_file(), f"{patterns}: there is no {file}"
+            assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{patterns}: {file} has no {name}"
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.startswith("memento ")])
+def test_flags_and_configurations_of_our_commands_exist(command: str) -> None:
+    words = shlex.split(command.split(" > ")[0])[1:]
+    cli: Any = typer.main.get_command(app)
+    assert words[0] in cli.commands, command
+    subcommand = cli.commands[words[0]]
+    context = subcommand.make_context(words[0], words[1:])  # raises for an unknown flag or a missing argument
+    config = context.params.get("config")
+    if config is not None and (ROOT / str(config)).is_file():
+        load_config(ROOT / str(config), [o for o in context.params.get("overrides") or () if "..." not in o])
+
+
+def test_the_cluster_files_are_well_formed() -> None:
+    folder = ROOT / "configs" / "ray"
+    # Ray's launcher: its own schema.
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((folder / "cluster.yaml").read_text())
+    validate_config(prepare_config(cluster))
+    # KubeRay.
+    job = yaml.safe_load((folder / "rayjob.yaml").read_text())
+    spec = job["spec"]
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    words = shlex.split(spec["entrypoint"])
+    assert words[:3] == ["python", "-m", "memento.rl.train"] and words[-1] == "--resume"
+    config = load_config(ROOT / "configs" / words[3].split("configs/")[1], words[4:-1])
+    assert Path(config.out).is_absolute()
+    workers = spec["rayClusterSpec"]["workerGroupSpecs"][0]
+    pod = workers["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    from memento.preflight import check_resources
+
+    assert config.kind == "rl"
+    check_resources(config, [{"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}])
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
+    import ray
+
+    assert spec["rayClusterSpec"]["rayVersion"] == ray.__version__
+    # Slurm.
+    assert subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=False).returncode == 0
+    refused = subprocess.run(["bash", str(folder / "slurm.sh")], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "usage: sbatch" in refused.stderr
