@@ -651,10 +651,9 @@ def _plan(config: Config, like: str | None, gpu: str | None) -> list[str]:
 
     if isinstance(config, RlConfig):
         return list(plan_lines(config, like, gpu))
-    steps = sum(phase.steps for phase in config.phases)
-    length = f"{steps} steps" if steps else f"{config.epochs:g} epochs"
-    tokens = config.batch_size * config.max_length
-    return [f"SFT {config.stage}: {length} of {config.batch_size} traces (at most {tokens:,} tokens a step)"]
+    from memento.sft_footprint import sft_plan_lines
+
+    return list(sft_plan_lines(config, like, gpu))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

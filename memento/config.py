@@ -571,6 +571,8 @@ class SftConfig(Section):
     data: Path | str | None = None
     """JSONL or Parquet file, folder or hub data set (`name:subset@split`) in the columns of OpenMementos or OpenThoughts
     (docs/data.md). null: the generated arithmetic traces of `phases`."""
+    max_traces: int | None = Field(default=None, gt=0)
+    """Only the first so many rows of `data`. null: all."""
     streaming: bool = False
     """Read a hub data set as it arrives instead of downloading all of it first."""
     cache: Path | None = None
@@ -603,6 +605,9 @@ class SftConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    ranks: int = Field(default=1, gt=0)
+    """GPUs the stage is meant for: `memento show` plans with them. How many there are is up to torchrun; with another
+    number the batch stays the same."""
     gradient_checkpointing: bool = True
     threads: int | None = Field(default=None, gt=0)
     """torch threads on CPU. null: all cores."""

@@ -118,10 +118,11 @@ KNOWN = {
     "Qwen/Qwen3-0.6B": Architecture(28, 1024, 16, 8, 128, 3072, 151_936, tied=True),
     "Qwen/Qwen3-8B": Architecture(36, 4096, 32, 8, 128, 12_288, 151_936),
     "Qwen/Qwen3-32B": Architecture(64, 5120, 64, 8, 128, 25_600, 151_936),
+    "Qwen/Qwen2.5-7B": Architecture(28, 3584, 28, 4, 128, 18_944, 152_064),
     "microsoft/Phi-4-reasoning": Architecture(40, 5120, 40, 10, 128, 17_920, 100_352),
     "allenai/Olmo-3-7B-Think": Architecture(32, 4096, 32, 32, 128, 11_008, 100_278, sliding_layers=24, window=4096),
 }
-"""Sizes from the ``config.json`` of the models that configs/rl names, to plan before anything was downloaded."""
+"""Sizes from the ``config.json`` of the models that configs/ names, to plan before anything was downloaded."""
 
 
 def architecture_of(model: str, like: str | None = None) -> Architecture | None:

@@ -318,7 +318,7 @@ def tokenised(config: SftConfig, tokenizer: Any, stage: Stage) -> tuple[Sequence
     """
     assert config.data is not None
     dropped: Counter[str] = Counter()
-    rows = read_rows(config.data, dropped=dropped, streaming=config.streaming)
+    rows = islice(read_rows(config.data, dropped=dropped, streaming=config.streaming), config.max_traces)
     found = _tokenise(rows, tokenizer, stage, config.max_length, config.strict_blocks, dropped)
     if config.cache is None:
         kept = list(found)
@@ -366,6 +366,7 @@ def _cache_key(config: SftConfig, tokenizer: Any, stage: Stage) -> str:
         "template": tokenizer.chat_template,
         "plain": stage.plain,
         "max_length": config.max_length,
+        "max_traces": config.max_traces,
         "strict": config.strict_blocks,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
