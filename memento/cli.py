@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memento.config import Config, RlConfig
+    from memento.problems import Problem
 
 app = typer.Typer(
     name="memento",
@@ -36,7 +37,10 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in the run folder from its newest checkpoint.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id.")]
-Problems = Annotated[Path, typer.Option("--problems", help="JSONL of problems.")]
+Problems = Annotated[
+    str,
+    typer.Option("--problems", help="File or folder (JSONL, JSON, Parquet, CSV), known set (gsm8k, aime25) or hub id."),
+]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Completions of each problem.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")]
 Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict finished blocks, or use full attention.")]
@@ -47,7 +51,11 @@ TopK = Annotated[int, typer.Option("--top-k", min=-1, help="-1 for all tokens.")
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Completion tokens, at most.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Engine or format setting, e.g. rollout.engines=2. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of rollout, format, rewards or problems, e.g. rollout.engines=2. Repeatable.",
+    ),
 ]
 
 
@@ -179,20 +187,21 @@ def evaluate(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON here.")] = None,
     trajectories: Annotated[
-        Path | None, typer.Option("--trajectories", help="Write the scored groups as JSONL, for `memento view`.")
+        Path | None, typer.Option("--trajectories", help="Keep the scored groups as JSONL, for `memento view`.")
     ] = None,
     settings: Set = None,
 ) -> None:
     """Accuracy (pass@1, pass@k, maj@k) and what the KV cache costs: peak, area, compression.
 
+    Interrupted, it goes on where it was when the same command is given again with --out or --trajectories.
+
     Example: `memento evaluate runs/rl/hf --problems held_out.jsonl --samples 4 --out result.json`
     """
-    from memento.problems import load_problems
     from memento.rl.evaluate import evaluate_model, result_table
     from memento.trajectory import SamplingParams
 
     _refuse_existing(out)
-    tasks = load_problems(problems, limit=limit)
+    tasks = _load(problems, limit, settings)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
     result = evaluate_model(
@@ -206,6 +215,7 @@ def evaluate(
         fmt=engine.format,
         rewards=engine.rewards,
         trajectories=trajectories,
+        resume_file=out.with_name(out.name + ".partial.jsonl") if out is not None else None,
     )
     _console().print(result_table(result))
     if out is not None:
@@ -234,11 +244,10 @@ def generate(
 
     Example: `memento generate runs/rl/hf --problems held_out.jsonl --samples 8 --out rollouts.jsonl`
     """
-    from memento.problems import load_problems
     from memento.rollout.generate import generate_file
     from memento.trajectory import SamplingParams
 
-    tasks = load_problems(problems, limit=limit)
+    tasks = _load(problems, limit, settings)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
     result = generate_file(
@@ -260,19 +269,27 @@ def score(
     trajectories: Annotated[Path, typer.Argument(help="JSONL of `memento generate`, or a run's rollouts.jsonl.")],
     problems: Problems,
     out: Annotated[Path | None, typer.Option("--out", help="Write scored groups as JSONL here.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or hub id with the delimiters, for format terms.")
+    ] = None,
+    settings: Set = None,
 ) -> None:
-    """Rewards for recorded completions, by the verifier of each problem.
+    """Rewards for recorded completions, by the verifier of each problem or as `rewards.terms` says.
 
     Example: `memento score rollouts.jsonl --problems held_out.jsonl --out scored.jsonl`
     """
     from collections import Counter
 
-    from memento.problems import load_problems
-    from memento.rewards.scoring import score_all
+    from memento.preflight import load_tokenizer
+    from memento.rewards.format_terms import trace_shape
+    from memento.rewards.scoring import Scorer, check_terms, score_all
     from memento.trajectory import ScoredGroup, Trajectory, append_jsonl, read_trajectories
 
     _refuse_existing(out)
-    by_id = {problem.id: problem for problem in load_problems(problems)}
+    config = _engine_config(settings)
+    check_terms(config.rewards)
+    fmt = config.format.bind(load_tokenizer(model)) if model is not None else None
+    by_id = {problem.id: problem for problem in _load(problems, None, settings)}
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in read_trajectories(trajectories):
         if trajectory.problem_id not in by_id:
@@ -284,14 +301,17 @@ def score(
         raise UserError(f"{trajectories} holds no trajectories.")
     outcomes: Counter[str] = Counter()
     scores: list[float] = []
+    scorer = Scorer(config.rewards)
     for members in _progress(list(groups.values()), "scoring"):
         problem = by_id[members[0].problem_id]
-        rewards = score_all(problem, [member.text for member in members])
+        shapes = [trace_shape(member, fmt) for member in members] if fmt is not None else None
+        rewards = score_all(problem, [member.text for member in members], scorer, shapes)
         outcomes.update(reward.outcome.value for reward in rewards)
         scores += [reward.score for reward in rewards if reward.score is not None]
         if out is not None:
             group = ScoredGroup(problem=problem, trajectories=tuple(members), rewards=tuple(rewards))
             append_jsonl([group], out)
+    scorer.close()
     total = sum(outcomes.values())
     mean = f"mean score {sum(scores) / len(scores):.4f}" if scores else "no completion has a score"
     typer.echo(f"{total} completions of {len(groups)} groups: {mean}")
@@ -627,7 +647,7 @@ def _refuse_existing(out: Path | None) -> None:
 
 
 def _engine_config(settings: Sequence[str] | None) -> RlConfig:
-    """The `rollout`, `format` and `rewards` sections as ``--set rollout.engines=2`` change them."""
+    """The `rollout`, `format`, `rewards` and `problems` sections as ``--set rollout.engines=2`` change them."""
     from memento.config import RlConfig, override_config
 
     # Only these sections are read; the rest of the tree just has to be there for the schema.
@@ -635,6 +655,18 @@ def _engine_config(settings: Sequence[str] | None) -> RlConfig:
     changed = override_config(base, settings or (), "--set")
     assert isinstance(changed, RlConfig)
     return changed
+
+
+def _load(source: str, limit: int | None, settings: Sequence[str] | None) -> list[Problem]:
+    """The problems of ``--problems``, every gold checked; what was left out is said on stderr."""
+    from memento.rewards.scoring import load_verified
+
+    config = _engine_config(settings)
+    section = config.problems.model_copy(update={"path": source, "count": limit or config.problems.count})
+    loaded = load_verified(section, config.rewards)
+    if len(loaded.problems) != loaded.read:
+        typer.echo(f"{source}: {loaded}", err=True)
+    return list(loaded.problems)
 
 
 def _progress(items: Sequence[Any], what: str) -> Any:

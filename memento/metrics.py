@@ -73,6 +73,15 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
                 "some",
                 "`algorithm.kl_in: reward`",
             ),
+            Metric(
+                "reward/part/*",
+                "score",
+                "mean of one part of the scores: the verifier's own (math, code, tests_passed, choice), and each of "
+                "`rewards.terms` before its weight",
+                "",
+                "some",
+                "a completion whose result has that part",
+            ),
             Metric("outcome/correct", "1", "fraction of completions judged correct", "rises"),
             Metric("outcome/wrong", "1", "fraction judged wrong"),
             Metric(
@@ -368,6 +377,14 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             Metric("eval/reward", "score", "mean score", when="eval"),
             Metric("eval/excluded", "completions", "without a score, left out of every accuracy", "0", "eval"),
             Metric("eval/kv_peak_tokens", "tokens", "peak of resident tokens, mean", when="eval"),
+            Metric(
+                "eval/part/*",
+                "score",
+                "mean of one part of the scores, as `reward/part/*`",
+                "",
+                "some",
+                "a completion whose result has that part",
+            ),
             Metric("eval/kv_peak_ratio", "1", "as `kv/peak_ratio`, computed from the tokens", "above 1", "eval"),
             Metric("eval/kv_area_ratio", "1", "as `kv/area_ratio`, computed from the tokens", "above 1", "eval"),
             Metric("eval/blocks_per_trace", "blocks", "complete blocks of a completion, mean", when="eval"),

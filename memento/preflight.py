@@ -63,7 +63,7 @@ def resource_plan(config: RlConfig, *, gpus_there: float) -> ResourcePlan:
         (
             Actors("engine", rollout.engines, rollout.cpus, rollout.gpus * on_gpu(rollout.device)),
             Actors("learner rank", learner.ranks, learner.cpus, learner.gpu_fraction * on_gpu(learner.device)),
-            Actors("reward pool", 1, rewards.cpus, 0.0),
+            Actors("reward pool", rewards.actors, rewards.cpus, 0.0),
         )
     )
 

@@ -29,7 +29,8 @@ def rollout_metrics(groups: Sequence[ScoredGroup], fmt: MementoFormat, version: 
         version: the weight version that is about to be trained, for `lag/*`.
 
     Returns:
-        name -> value: ``reward/{mean, std, zero_std_fraction}``, ``outcome/<outcome>`` (fractions),
+        name -> value: ``reward/{mean, std, zero_std_fraction}``, ``reward/part/<name>`` (mean of each part of the
+        scores, over samples that have it), ``outcome/<outcome>`` (fractions),
         ``length/{prompt_mean, completion_mean, completion_max}`` and ``length/truncated_fraction``,
         ``memento/{blocks_per_trace, block_tokens, memento_tokens, compression, forced_rate, malformed_rate}``,
         ``kv/{peak_tokens, peak_ratio, area_ratio}`` (ratios: the same tokens without eviction, over with),
@@ -48,6 +49,8 @@ def rollout_metrics(groups: Sequence[ScoredGroup], fmt: MementoFormat, version: 
     complete = [group.scores for group in groups if group.complete]
     if complete:
         metrics["reward/zero_std_fraction"] = float(np.mean([len(set(scores)) == 1 for scores in complete]))
+    for part in sorted({name for r in rewards for name in r.parts}):
+        metrics[f"reward/part/{part}"] = float(np.mean([r.parts[part] for r in rewards if part in r.parts]))
     for outcome in Outcome:
         metrics[f"outcome/{outcome.value}"] = float(np.mean([r.outcome is outcome for r in rewards]))
 

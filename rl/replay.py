@@ -23,6 +23,7 @@ from memento.errors import RunFailed, UserError
 from memento.preflight import check_model, check_reference, check_run, load_tokenizer
 from memento.problems import Record, explain
 from memento.rewards.pool import RewardPool
+from memento.rewards.scoring import check_terms, load_verified
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
 from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
@@ -41,7 +42,6 @@ from memento.rl.train import (
 )
 from memento.rollout.pool import RolloutPool
 from memento.run import Run, read_metrics
-from memento.sources import read_problems
 from memento.trajectory import ScoredGroup
 
 # ---------------------------------------------------------------------------------------------- the learner alone
@@ -186,8 +186,9 @@ def record(config: RlConfig, *, resume: bool = False) -> Path:
     """
     if config.save_rollouts != "all":
         raise UserError(f"a recording with save_rollouts: {config.save_rollouts} would record little; set it to all.")
-    problems = read_problems(config.problems)
     fmt = check_run(config)
+    check_terms(config.rewards)
+    problems = load_verified(config.problems, config.rewards).problems
     with Run.open(config, resume=resume) as run, ExitStack() as parts:
         with run.phase("start"):
             connect()

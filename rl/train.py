@@ -25,6 +25,7 @@ from memento.preflight import check_run, compared_resources
 from memento.problems import Problem
 from memento.rewards.format_terms import trace_shape
 from memento.rewards.pool import RewardPool
+from memento.rewards.scoring import check_terms, load_verified
 from memento.rl.batch import assemble
 from memento.rl.checkpoint import RunState, latest_checkpoint, load_state, save_checkpoint
 from memento.rl.evaluate import EvalResult, evaluate
@@ -35,7 +36,7 @@ from memento.rl.weight_sync import WeightSync
 from memento.rl.window import GroupWindow, ProblemStream, scores_differ
 from memento.rollout.pool import RolloutPool
 from memento.run import Run
-from memento.sources import read_problems
+from memento.sources import Loaded
 from memento.trajectory import RolloutRequest, SamplingParams, ScoredGroup
 
 SIGNAL_POLL_S = 0.5
@@ -61,11 +62,12 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
         RunStopped: a signal arrived; a checkpoint was written and the run can be resumed.
         MismatchAlarm: see ``algorithm.mismatch_kl_limit``; the trajectories were saved.
     """
-    problems = read_problems(config.problems)
-    held_out = read_problems(config.eval.problems) if config.eval.problems else []
     fmt = check_run(config)
+    training, evaluation = load_problem_sets(config)
+    problems, held_out = training.problems, evaluation.problems if evaluation else ()
 
     with Run.open(config, resume=resume) as run, ExitStack() as parts:
+        run.say(f"training on {training}" + (f", evaluated on {evaluation}" if evaluation else ""))
         with run.phase("start"):
             learner, engines, rewards = start(config, run, parts)
             weights = WeightSync(learner, engines)
@@ -124,6 +126,18 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
         return model
 
 
+def load_problem_sets(config: RlConfig) -> tuple[Loaded, Loaded | None]:
+    """The problems to train on, without those of the evaluation, and the evaluation's. Every gold is checked.
+
+    Raises:
+        UserError: see `memento.rewards.scoring.load_verified`; or a custom reward that cannot be imported.
+    """
+    check_terms(config.rewards)
+    evaluation = load_verified(config.eval.problems, config.rewards) if config.eval.problems else None
+    exclude = [evaluation] if evaluation is not None and config.eval.decontaminate else []
+    return load_verified(config.problems, config.rewards, exclude=exclude), evaluation
+
+
 def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
     """Bring learner, engines and verifiers up side by side: each takes seconds to minutes."""
     connect()
@@ -139,7 +153,7 @@ def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, Rollou
         if part.exception() is None:
             parts.callback(part.result().close)
     learner, engines, rewards = starting
-    rewards.result().check()  # a custom term that cannot be had
+    rewards.result().check()  # on a cluster a custom term may be missing where the actor is
     return learner.result(), engines.result(), rewards.result()
 
 
@@ -255,6 +269,7 @@ def evaluate_held_out(
         seed=config.seed,
         evict=config.rollout.evict,
         group_prefix=f"eval-{step}",
+        weight_version=step,
     )
     return result
 
