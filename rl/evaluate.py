@@ -5,26 +5,33 @@ The metrics are pure functions of scored groups; `evaluate` fills the groups fro
 over samples, then over problems; maj@k breaks ties uniformly; peak KV and KV-AUC are computed from the tokens.
 
 A sample whose verifier failed has no score. It is left out of every accuracy and counted in ``excluded``.
+
+An evaluation of hours is worth resuming: `evaluate_model` appends every scored group to a file as it finishes, beside a
+note of what was being evaluated and how. The same command goes on from there, and refuses if anything differs.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from memento.config import FormatConfig, RewardsConfig, RolloutConfig
 from memento.errors import UserError
 from memento.format import MementoFormat, Trace, kv_profile, parse
 from memento.problems import Problem, Record
+from memento.rewards.format_terms import TraceShape, trace_shape
+from memento.rewards.math_verifier import normalise
 from memento.trajectory import (
     Outcome,
     RewardResult,
@@ -104,24 +111,32 @@ class EvalResult(Record):
         reward: mean score (differs from `accuracy` where a reward is partial).
         outcomes: how many samples ended with which outcome.
         excluded: samples without a score.
+        parts: mean of each part of the scores, e.g. the terms of a composed reward, over samples that have it.
         weight_versions: the versions that sampled any token, so that a result is pinned to its weights.
+        weights: digest of the model folder's weights (`weights_digest`); empty for a hub id.
+        restart: the ablation in which kept tokens are computed again without the evicted blocks.
+        kv_bytes_per_token: of this model; None where its config does not say.
     """
 
     model: str = ""
+    weights: str = ""
     problems: int
     samples: int
     sampling: SamplingParams
     seed: int
     evict: bool
+    restart: bool = False
     accuracy: Estimate
     pass_at_k: dict[int, Estimate]
     maj_at_k: Estimate
     reward: float
+    parts: dict[str, float] = Field(default_factory=dict)
     outcomes: dict[str, int]
     excluded: int
     kv: KVStats
     blocks: BlockStats
     weight_versions: tuple[int, ...]
+    kv_bytes_per_token: int | None = None
     seconds: float = Field(ge=0)
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
@@ -137,6 +152,7 @@ class EvalResult(Record):
             "kv_peak_ratio": self.kv.peak_ratio,
             "kv_area_ratio": self.kv.area_ratio,
             **self.blocks.model_dump(),
+            **{f"part/{name}": value for name, value in self.parts.items()},
             "seconds": self.seconds,
         }
         return {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
@@ -180,8 +196,9 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
     """Probability that the majority answer is right when ties are broken uniformly.
 
-    Right samples all vote for one answer, however they spell it; wrong ones vote for their extracted text. A sample
-    without an answer (None) does not vote; with no votes at all the result is 0.
+    Right samples all vote for one answer, however they spell it; wrong ones vote for their extracted text, compared as
+    the math verifier compares strings. A sample without an answer (None) does not vote; with no votes at all the result
+    is 0.
 
     Returns:
         1 / (number of tied leaders) if the right answer leads, else 0. ``["7", "7", "8", "8"]`` with 7 right gives 0.5.
@@ -191,7 +208,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
         if right:
             votes[True] += 1
         elif answer is not None:
-            votes[" ".join(answer.split())] += 1
+            votes[normalise(answer)] += 1
     leaders = [answer for answer, count in votes.items() if count == max(votes.values())]
     return 1.0 / len(leaders) if True in leaders else 0.0
 
@@ -303,6 +320,7 @@ def summarise(
             [maj_at_k([r.extracted for r in rs], c) for rs, c in zip(scored, correct, strict=True) if rs]
         ),
         reward=mean_over_problems([_mean_score(rewards) for rewards in scored if rewards]).mean,
+        parts=_mean_parts([r for rewards in scored for r in rewards]),
         outcomes=dict(sorted(outcomes.items())),
         excluded=sum(r.score is None for group in groups for r in group.rewards),
         kv=kv_stats(trajectories, fmt),
@@ -310,6 +328,11 @@ def summarise(
         weight_versions=tuple(sorted({span.version for t in trajectories for span in t.weight_versions})),
         seconds=seconds,
     )
+
+
+def _mean_parts(rewards: Sequence[RewardResult]) -> dict[str, float]:
+    names = sorted({name for reward in rewards for name in reward.parts})
+    return {name: float(np.mean([r.parts[name] for r in rewards if name in r.parts])) for name in names}
 
 
 def _mean_score(rewards: Sequence[RewardResult]) -> float:
@@ -328,7 +351,13 @@ class Generator(Protocol):
 class Scorer(Protocol):
     """What evaluation needs of `memento.rewards.pool.RewardPool`."""
 
-    def score(self, problem: Problem, completions: Sequence[str]) -> list[RewardResult]: ...
+    def score(
+        self, problem: Problem, completions: Sequence[str], shapes: Sequence[TraceShape] | None = None
+    ) -> list[RewardResult]: ...
+
+
+class WrongWeights(RuntimeError):
+    """Samples came from other weights than those that were to be evaluated."""
 
 
 def _silent(_: ScoredGroup) -> None:
@@ -349,6 +378,8 @@ def evaluate(
     progress: Callable[[ScoredGroup], None] = _silent,
     concurrency: int = 64,
     model: str = "",
+    done: Mapping[str, ScoredGroup] | None = None,
+    weight_version: int | None = None,
 ) -> tuple[EvalResult, list[ScoredGroup]]:
     """Sample every problem `samples` times, score the samples, summarise.
 
@@ -358,11 +389,14 @@ def evaluate(
             seed sample the same completions, on however many engines.
         progress: called with each scored group as it finishes, from the calling thread.
         concurrency: groups in flight.
+        done: groups by problem id that were evaluated before; they are not generated again, nor shown to `progress`.
+        weight_version: every token must come from these weights; None takes what the engines hold.
 
     Returns:
         The result, and the groups in the order of `problems`.
 
     Raises:
+        WrongWeights: see `weight_version`.
         Whatever the pools raise; groups not started by then are not started.
     """
     if not problems:
@@ -378,25 +412,35 @@ def evaluate(
             evict=evict,
         )
         trajectories = pool.generate(request)
-        scores = rewards.score(problem, [t.text for t in trajectories])
+        versions = {span.version for t in trajectories for span in t.weight_versions}
+        if weight_version is not None and versions != {weight_version}:
+            raise WrongWeights(
+                f"problem {problem.id!r} was sampled by weights {sorted(versions)}, not {weight_version}"
+            )
+        shapes = [trace_shape(t, fmt) for t in trajectories]
+        scores = rewards.score(problem, [t.text for t in trajectories], shapes)
         return ScoredGroup(problem=problem, trajectories=tuple(trajectories), rewards=tuple(scores))
 
     started = time.monotonic()
-    threads = ThreadPoolExecutor(min(concurrency, len(problems)), thread_name_prefix="evaluate")
+    groups = dict(done or {})
+    missing = [problem for problem in problems if problem.id not in groups]
+    threads = ThreadPoolExecutor(max(1, min(concurrency, len(missing))), thread_name_prefix="evaluate")
     try:
-        futures = [threads.submit(one, problem) for problem in problems]
-        waiting = set(futures)
+        waiting = {threads.submit(one, problem) for problem in missing}
         while waiting:
             # Wake up now and then, so that progress shows and Ctrl-C is heard.
-            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-            for future in done:
-                progress(future.result())
+            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+            # What is whole is kept, before an error among them ends the evaluation.
+            for future in sorted(finished, key=lambda f: f.exception() is not None):
+                group = future.result()
+                groups[group.problem.id] = group
+                progress(group)
     finally:
         # Not `with`: after an error nobody should wait for groups in flight, which may take minutes.
         threads.shutdown(wait=False, cancel_futures=True)
-    groups = [future.result() for future in futures]
+    in_order = [groups[problem.id] for problem in problems]
     result = summarise(
-        groups,
+        in_order,
         fmt,
         samples=samples,
         sampling=sampling,
@@ -405,7 +449,108 @@ def evaluate(
         seconds=time.monotonic() - started,
         model=model,
     )
-    return result, groups
+    return result, in_order
+
+
+# ---------------------------------------------------------------------------------------------- resuming it
+
+
+class EvalSettings(Record):
+    """What an evaluation is of, and how it is done: written beside its groups, and compared when it is resumed."""
+
+    model: str
+    weights: str
+    problems: str
+    samples: int
+    sampling: SamplingParams
+    seed: int
+    evict: bool
+    restart: bool
+    format: FormatConfig
+    rewards: RewardsConfig
+
+
+def weights_digest(model: str | Path) -> str:
+    """Sixteen hex digits that change when the weights in a model folder do; empty for a hub id.
+
+    Of each weight file the name, the size, and its first and last 64 KiB: reading all of it would take minutes.
+    """
+    folder, digest = Path(model), hashlib.blake2b(digest_size=8)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]) if folder.is_dir() else []
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 16))
+            data.seek(max(0, size - (1 << 16)))
+            digest.update(data.read())
+    return digest.hexdigest() if files else ""
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """Sixteen hex digits of a list of problems."""
+    digest = hashlib.blake2b(digest_size=8)
+    for problem in problems:
+        digest.update(problem.model_dump_json().encode("utf-8", "replace") + b"\n")
+    return digest.hexdigest()
+
+
+class GroupFile:
+    """Scored groups of an evaluation in a JSONL file, each appended when it is finished.
+
+    ``FILE`` holds the groups, as `memento view` reads them; ``FILE.settings.json`` says what was evaluated and how.
+    """
+
+    def __init__(self, path: Path, settings: EvalSettings) -> None:
+        self.path = path
+        self._settings_path = path.with_name(path.name + ".settings.json")
+        self._settings = settings
+
+    def read(self) -> dict[str, ScoredGroup]:
+        """The groups that an earlier call left, by problem id; empty where there was none.
+
+        Raises:
+            UserError: the file holds something else, or an evaluation of something else; it is not touched.
+        """
+        if not self.path.exists():
+            return {}
+        if not self._settings_path.is_file():
+            raise UserError(f"{self.path} exists already and is not overwritten; choose another file.")
+        before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+        now = self._settings.model_dump(mode="json")
+        differ = [key for key in now if before.get(key) != now[key]]
+        if differ:
+            raise UserError(
+                f"{self.path} holds an evaluation with other settings ({', '.join(differ)} differ). Choose another "
+                "file, or remove this one to start over."
+            )
+        whole = self.path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):  # a process that was killed had not finished its last line
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        groups: dict[str, ScoredGroup] = {}
+        for number, line in enumerate(whole[:end].splitlines(), 1):
+            try:
+                group = ScoredGroup.model_validate_json(line)
+            except ValidationError as error:
+                raise UserError(
+                    f"{self.path}, line {number} is no scored group. Remove the file to start over."
+                ) from error
+            groups[group.problem.id] = group
+        return groups
+
+    def append(self, group: ScoredGroup) -> None:
+        """Add a group that is finished."""
+        if not self._settings_path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._settings_path.write_text(self._settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        append_jsonl([group], self.path)
+
+    def remove(self) -> None:
+        """Both files, once nobody needs them."""
+        self.path.unlink(missing_ok=True)
+        self._settings_path.unlink(missing_ok=True)
 
 
 def evaluate_model(
@@ -420,75 +565,141 @@ def evaluate_model(
     fmt: FormatConfig | None = None,
     rewards: RewardsConfig | None = None,
     trajectories: Path | None = None,
+    resume_file: Path | None = None,
 ) -> EvalResult:
     """``memento evaluate``: start engines and verifiers, evaluate with a progress bar on stderr, stop them.
 
     Args:
         model: Hugging Face folder or hub id.
         rollout, fmt, rewards: how engines, eviction and verifiers are set up; None for the defaults.
-        trajectories: also write the scored groups there (JSONL), for `memento view`.
+        trajectories: write the scored groups there as they finish (JSONL), for `memento view`, and go on from what an
+            interrupted call left there.
+        resume_file: the same, but removed in the end. None for neither: an interrupted call starts over.
 
     Raises:
-        UserError: no such model, no delimiters in its tokenizer, too few resources, a problem nobody could solve.
+        UserError: no such model, no delimiters in its tokenizer, too few resources, a file of another evaluation.
     """
+    from memento.preflight import check_model, kv_bytes_per_token, load_tokenizer, read_model_config
+
+    folder = check_model(model)
+    config, engine, verifiers = fmt or FormatConfig(), rollout or RolloutConfig(), rewards or RewardsConfig()
+    bound = config.bind(load_tokenizer(model))
+    settings = EvalSettings(
+        model=model,
+        weights=weights_digest(model),
+        problems=problems_digest(problems),
+        samples=samples,
+        sampling=sampling,
+        seed=seed,
+        evict=evict,
+        restart=_restarts(engine),
+        format=config,
+        rewards=verifiers,
+    )
+    path = trajectories or resume_file
+    file = GroupFile(path, settings) if path is not None else None
+    done = file.read() if file is not None else {}
+
+    def run(engines: Generator, scorer: Scorer, progress: Callable[[ScoredGroup], None]) -> EvalResult:
+        result, _ = evaluate(
+            engines,
+            scorer,
+            problems,
+            sampling,
+            fmt=bound,
+            samples=samples,
+            seed=seed,
+            evict=evict,
+            progress=progress,
+            model=model,
+            done=done,
+        )
+        more = {
+            "weights": settings.weights,
+            "restart": settings.restart,
+            "kv_bytes_per_token": kv_bytes_per_token(read_model_config(folder), engine.dtype) if folder else None,
+        }
+        return result.model_copy(update=more)
+
+    if all(problem.id in done for problem in problems):
+        result = run(_Nobody(), _Nobody(), _silent)
+    else:
+        result = _with_engines(run, model, problems, config, engine, verifiers, file, done)
+    if file is not None and trajectories is None:
+        file.remove()
+    return result
+
+
+def _restarts(rollout: RolloutConfig) -> bool:
+    return bool(getattr(rollout, "restart", False))
+
+
+class _Nobody:
+    """In the place of engines and verifiers where there is nothing left to do."""
+
+    def generate(self, request: RolloutRequest) -> tuple[Trajectory, ...]:
+        raise AssertionError(f"{request.group_id} was evaluated already")
+
+    def score(
+        self, problem: Problem, completions: Sequence[str], shapes: Sequence[TraceShape] | None = None
+    ) -> list[RewardResult]:
+        raise AssertionError(f"{problem.id} was evaluated already")
+
+
+def _with_engines(
+    run: Callable[[Generator, Scorer, Callable[[ScoredGroup], None]], EvalResult],
+    model: str,
+    problems: Sequence[Problem],
+    config: FormatConfig,
+    engine: RolloutConfig,
+    verifiers: RewardsConfig,
+    file: GroupFile | None,
+    done: Mapping[str, ScoredGroup],
+) -> EvalResult:
+    """Start what `run` needs, show its progress, keep what is finished, and stop everything."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from memento.cluster import connect, disconnect
-    from memento.preflight import check_model, check_vllm_version, load_tokenizer
+    from memento.preflight import check_vllm_version
     from memento.rewards.pool import RewardPool
     from memento.rollout.pool import RolloutPool
 
-    if trajectories is not None and trajectories.exists():
-        raise UserError(f"{trajectories} exists already and is not overwritten.")
     check_vllm_version()
-    check_model(model)
-    config = fmt or FormatConfig()
-    bound = config.bind(load_tokenizer(model))
     connect()
     try:
         with ExitStack() as parts:
-            verifiers = RewardPool(rewards or RewardsConfig())
-            parts.callback(verifiers.close)
-            verifiers.check(problems)
-            engines = RolloutPool(rollout or RolloutConfig(), config, model)
+            scorer = RewardPool(verifiers)
+            parts.callback(scorer.close)
+            scorer.check(problems)
+            engines = RolloutPool(engine, config, model)
             parts.callback(engines.close)
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             progress = parts.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-            bar, right, done = progress.add_task("evaluating", total=len(problems)), 0, 0
+            bar = progress.add_task("evaluating", total=len(problems), completed=len(done))
+            judged = [r for group in done.values() for r in group.rewards if r.score is not None]
+            right, scored = sum(r.outcome is Outcome.CORRECT for r in judged), len(judged)
 
             def advance(group: ScoredGroup) -> None:
-                nonlocal right, done
+                nonlocal right, scored
+                if file is not None:
+                    file.append(group)
                 right += sum(r.outcome is Outcome.CORRECT for r in group.rewards)
-                done += sum(r.score is not None for r in group.rewards)
-                so_far = f", {right / done:.1%} right so far" if done else ""
+                scored += sum(r.score is not None for r in group.rewards)
+                so_far = f", {right / scored:.1%} right so far" if scored else ""
                 progress.update(bar, advance=1, description=f"evaluating{so_far}")
 
-            result, groups = evaluate(
-                engines,
-                verifiers,
-                problems,
-                sampling,
-                fmt=bound,
-                samples=samples,
-                seed=seed,
-                evict=evict,
-                progress=advance,
-                model=model,
-            )
+            return run(engines, scorer, advance)
     finally:
         disconnect()
-    if trajectories is not None:
-        trajectories.parent.mkdir(parents=True, exist_ok=True)
-        append_jsonl(groups, trajectories)
-    return result
 
 
 def result_table(result: EvalResult) -> Table:
     """The result as a table for people."""
     from rich.table import Table
 
-    how = f"temperature {result.sampling.temperature:g}, {'eviction' if result.evict else 'full attention'}"
+    attention = "restart mode" if result.restart else "eviction" if result.evict else "full attention"
+    how = f"temperature {result.sampling.temperature:g}, {attention}"
     table = Table(title=f"{result.model or 'model'} · {result.problems} problems × {result.samples} samples · {how}")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -497,7 +708,7 @@ def result_table(result: EvalResult) -> Table:
         error = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.1f}"
         return f"{100 * estimate.mean:.1f}{error} %"
 
-    table.add_row("pass@1", percent(result.accuracy))
+    table.add_row("pass@1" if result.samples == 1 else f"pass@1 (avg@{result.samples})", percent(result.accuracy))
     for k, estimate in result.pass_at_k.items():
         if k > 1:
             table.add_row(f"pass@{k}", percent(estimate))
@@ -506,6 +717,8 @@ def result_table(result: EvalResult) -> Table:
     table.add_section()
     kv, blocks = result.kv, result.blocks
     table.add_row("peak KV", f"{kv.peak_tokens:.0f} tokens ({kv.peak_ratio:.2f}× less than {kv.peak_tokens_full:.0f})")
+    if result.kv_bytes_per_token is not None:
+        table.add_row("", _memory(kv.peak_tokens * result.kv_bytes_per_token))
     table.add_row("KV-AUC", f"{kv.area_tokens:,.0f} token² ({kv.area_ratio:.2f}× less than {kv.area_tokens_full:,.0f})")
     table.add_section()
     table.add_row("blocks a trace", f"{blocks.blocks_per_trace:.2f}")
@@ -517,8 +730,14 @@ def result_table(result: EvalResult) -> Table:
     if blocks.forced_blocks_per_trace:
         table.add_row("blocks closed by force", f"{blocks.forced_blocks_per_trace:.2f} a trace")
     table.add_section()
+    if len(result.parts) > 1:
+        table.add_row("parts of the reward", ", ".join(f"{name} {mean:.3f}" for name, mean in result.parts.items()))
     table.add_row("outcomes", ", ".join(f"{count} {name}" for name, count in result.outcomes.items()))
     if result.excluded:
         table.add_row("[yellow]without a score[/]", f"{result.excluded} (excluded)")
     table.add_row("seconds", f"{result.seconds:.1f}")
     return table
+
+
+def _memory(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memento.errors import UserError
 from memento.format import MementoFormat, evictions
 from memento.problems import Problem, ProblemKind
+from memento.rewards.format_terms import TraceShape
 from memento.rl.evaluate import (
     EvalResult,
     avg_at_k,
@@ -246,7 +247,10 @@ class RecordedPool:
 
 
 class ExactMatch:
-    def score(self, problem: Problem, completions: Sequence[str]) -> list[RewardResult]:
+    def score(
+        self, problem: Problem, completions: Sequence[str], shapes: Sequence[TraceShape] | None = None
+    ) -> list[RewardResult]:
+        assert shapes is not None and [s.block_tokens for s in shapes] == [(4, 2)] * len(completions)
         return [reward(Outcome.CORRECT if c == problem.answer else Outcome.WRONG, c) for c in completions]
 
 
