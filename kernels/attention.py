@@ -3,7 +3,7 @@
 ``dense`` is the definition; ``sdpa`` masks torch's SDPA document by document. The others compute only what is seen:
 ``segments`` on CPU (`memento.kernels.segments`), ``triton`` on GPU (`memento.kernels.triton_attention`), and ``flex``,
 torch's FlexAttention (`memento.kernels.flex`). What they need to know about a batch is derived once, from the
-`Visibility` that all layers share. All of them give the same bits in every run.
+`Visibility` that all layers share. Ours give the same bits in every run; there is no option to set.
 
 The whole mask of a memento trace is one integer per key (MEMENTO, arXiv 2604.09852, section 3; as a column-wise mask
 it is that of FlashMask, arXiv 2410.01359)::

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_VOCABULARY = 8192
-"""Words in a tile, where the caller does not say."""
+CHUNK_VOCABULARY = {"cpu": 2048, "cuda": 8192}
+"""Words in a tile, where the caller does not say: on the CPU what its caches hold, on GPUs what fills a product."""
 
 
 def linear_logprobs(
@@ -57,7 +57,8 @@ def linear_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    chunk_vocabulary = CHUNK_VOCABULARY if chunk_vocabulary is None else chunk_vocabulary
+    device = hidden_TD.device.type
+    chunk_vocabulary = CHUNK_VOCABULARY.get(device, 8192) if chunk_vocabulary is None else chunk_vocabulary
     if chunk_tokens < 1 or chunk_vocabulary < 1:
         raise ValueError(f"chunks must hold at least 1, got {chunk_tokens} tokens by {chunk_vocabulary} words")
     if hidden_TD.ndim != 2 or head_weight_VD.ndim != 2 or hidden_TD.shape[1] != head_weight_VD.shape[1]:
@@ -68,7 +69,6 @@ def linear_logprobs(
         raise ValueError(f"targets must be [{len(hidden_TD)}], got {tuple(targets_T.shape)}")
     if implementation not in (None, "torch", "triton"):
         raise ValueError(f"unknown implementation {implementation!r}; there are torch, triton")
-    device = hidden_TD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_TD, head_weight_VD = hidden_TD.to(dtype), head_weight_VD.to(dtype)

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "lowest": torch.randint(-5, 53, (53,), generator=DRAW),
     },
     "odd head size": {"until": TRACE, "head_dim": 24},
+    "wide heads": {"until": TRACE, "head_dim": 256},
     "two rows": {"until": torch.stack([TRACE, DRAWN])},
     "keys wider than queries": {"until": DRAWN, "tiling": (16, 32, 1, 1)},
     # Not bfloat16: the interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 numbers.
@@ -198,10 +199,13 @@ def test_what_the_lists_need_is_derived_once_a_batch() -> None:
     assert visibility.rule is visibility.rule
 
 
+@pytest.mark.parametrize("width", [128, *(pytest.param(n, marks=pytest.mark.long) for n in (32, 64, 96, 256))])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kernel", ["_forward", "_backward_queries", "_backward_keys"])
-def test_the_kernels_compile_for_a_gpu_without_one(kernel: str, capability: int, tmp_path, monkeypatch) -> None:
-    """bf16, head size 128: Triton's own assembler makes the binary, and shared memory fits."""
+def test_the_kernels_compile_for_a_gpu_without_one(
+    kernel: str, capability: int, width: int, tmp_path, monkeypatch
+) -> None:
+    """bf16: Triton's own assembler makes the binary, and shared memory fits."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -211,11 +215,11 @@ def test_the_kernels_compile_for_a_gpu_without_one(kernel: str, capability: int,
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # as it is unset, without the warning
     function = getattr(triton_attention, kernel)
-    chosen = triton_attention.tilings(128, torch.bfloat16, capability == 90)[kernel != "_forward"]
+    chosen = triton_attention.tilings(width, torch.bfloat16, capability == 90)[kernel != "_forward"]
     constants = {
         "GROUP": 4,
-        "D": 128,
-        "BLOCK_D": 128,
+        "D": width,
+        "BLOCK_D": triton.next_power_of_2(width),
         "QUERIES": chosen.queries,
         "KEYS": chosen.keys,
         "HAS_POSITION": True,
