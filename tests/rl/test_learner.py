@@ -439,7 +439,7 @@ def test_an_adapter_is_trained_merged_saved_and_switched_off(
 
         # The gradient of W = W0 + scale * B A with respect to B is scale * (that of W) A^T.
         batch, packed = in_rows(1, config, sixteen, fmt)
-        adapters = ray.get(learner._ranks[0].__ray_call__.remote(adapter_weights))
+        adapters = ray.get([rank.__ray_call__.remote(adapter_weights) for rank in learner._ranks])[0]
         of_weights, of_adapters = plain(packed)[0], gradients_of(learner, batch, packed)[0]
         for name, a in adapters.items():
             expected = LORA["alpha"] / LORA["rank"] * of_weights[f"{name}.weight"] @ a.T
@@ -483,7 +483,7 @@ def test_an_adapter_is_trained_merged_saved_and_switched_off(
 
 
 def adapter_weights(rank: Any) -> dict[str, torch.Tensor]:
-    """In the actor: A of every adapted layer."""
+    """In the actor, on all ranks at once: A of every adapted layer."""
     import deepspeed
 
     found = {}
