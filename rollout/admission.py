@@ -86,7 +86,7 @@ class PeakForecast:
         kept = growth - block  # mementos, at the end
         slope = kept / max(length, 1.0)
         start = plan.num_prompt_tokens + block / 2 + slope * min(age, length)
-        now = age + plan.num_prompt_tokens - plan.evicted
+        now = plan.resident_tokens(plan.scanned)  # also of a preempted request, which holds nothing at the moment
         if now > plan.num_prompt_tokens + growth:  # it outgrew what was expected: count what it holds
             start = now
         remaining = min(max(length - age, OVERTIME * length), max(limit - age, 0))

@@ -78,6 +78,9 @@ class EvictingManager(FullAttentionManager):
     ) -> int:
         plan = self.plans[request_id]
         if not apply_admission_cap:
+            if request_id in self.num_cached_block:  # running: vLLM's own shortcut, without two calls a token
+                pages = -(-(num_tokens - plan.evicted) // self.block_size)
+                return max(pages - len(self.req_to_blocks[request_id]), 0)
             return super().get_num_blocks_to_allocate(request_id, num_tokens - plan.evicted, *args, **kwargs)
         # Admission asks about the whole sequence. A long request that was preempted holds at most its replay's peak;
         # with its logical length it would never be admitted again.
@@ -94,27 +97,30 @@ class EvictingManager(FullAttentionManager):
             peak_pages: the same without what it shares with requests that run.
         """
         running = [i for i, blocks in self.req_to_blocks.items() if blocks and i != request_id]
-        if self.admission is None or not running:
-            return 0
         free = self.block_pool.get_num_free_blocks()
-        if self._held_back > 0 and pages <= free:
+        if self.admission is None or not running or pages > free:
+            return 0
+        if self._held_back > 0:
             self._held_back -= 1
             return free + 1
         used = self.block_pool.num_gpu_blocks - 1 - free
         # Prompts of a group lie in the same pages, and are counted once.
         shared = sum(len(self.req_to_blocks[i]) for i in running) - used + peak_pages - pages
         expected = self.admission.pages(self.plans[i] for i in [*running, request_id]) - shared
-        if pages <= free < expected - used:
+        if free < expected - used:
             self.admission.held_back += 1
             self._held_back = _LOOK_AGAIN_STEPS
         return expected - used
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        plan = self.plans[request_id]
-        blocks = super().allocate_new_blocks(
-            request_id, num_tokens - plan.evicted, num_tokens_main_model - plan.evicted
-        )
-        plan.peak_pages = max(plan.peak_pages, len(self.req_to_blocks[request_id]))
+        plan, held = self.plans[request_id], self.req_to_blocks[request_id]
+        physical = num_tokens - plan.evicted
+        if physical <= len(held) * self.block_size:
+            blocks = []
+        else:
+            blocks = super().allocate_new_blocks(request_id, physical, num_tokens_main_model - plan.evicted)
+        if len(held) > plan.peak_pages:
+            plan.peak_pages = len(held)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +128,9 @@ class EvictingManager(FullAttentionManager):
         # request with the same tokens, evicting or not.
         plan = self.plans[request.request_id]
         plan.observe(request._all_token_ids)
-        super().cache_blocks(request, min(num_tokens, plan.first_evictable), *args, **kwargs)
+        num_tokens = min(num_tokens, plan.first_evictable)
+        if num_tokens // self.block_size > self.num_cached_block.get(request.request_id, 0):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finished and preempted requests both pass here.

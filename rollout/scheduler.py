@@ -211,7 +211,10 @@ class EvictionMixin(_Base):
         return compactions
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self.num_prefill_lookahead:
+            num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if num_new_tokens <= 1:  # a boundary that is due was dealt with, so one token crosses none
+            return num_new_tokens
         plan = self._manager.plans[request.request_id]
         return min(num_new_tokens, plan.tokens_until_boundary(num_computed_tokens))
 

@@ -43,7 +43,7 @@ class EvictingRunner(_Runner):
     """The hooks that both model runners share. `self` is a stock runner whose class was extended."""
 
     _evicted: dict[str, int]
-    _caches: list[PagedCache] | None
+    _caches: list[PagedCache]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
@@ -53,7 +53,9 @@ class EvictingRunner(_Runner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        self._caches = None  # the tensors are new: look at them again
+        # Here and not at the first eviction, so that an attention backend nobody tried is refused at start-up. While
+        # memory is profiled the cache is a stand-in that soon goes.
+        self._caches = [] if kwargs.get("is_profiling") or len(args) > 1 else paged_caches(self)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +73,6 @@ class EvictingRunner(_Runner):
     def _compact(self, step: EvictionStep) -> None:
         # All requests at once: their pages are disjoint. This runs before the step writes anything, so a page freed by
         # a compaction and given to another request in the same step is still intact.
-        if self._caches is None:
-            self._caches = paged_caches(self)
         moves = Moves.of(
             [(c.source_slots, c.target_slots) for c in step.compactions if len(c.source_slots)], self.device
         )
@@ -203,6 +203,6 @@ class EvictingWorker(StockWorker):
         hooks = EvictingRunnerV2 if v2 else EvictingRunnerV1
         runner.__class__ = type(f"Evicting{type(runner).__name__}", (hooks, type(runner)), {})
         runner._evicted = {}
-        runner._caches = None
+        runner._caches = []
         runner._hidden = None
         logger.info("KV eviction is live in worker %d (%s)", self.rank, type(runner).__name__)

@@ -129,7 +129,10 @@ def tiny_qwen3(folder: Path) -> str:
 def read_reference(folder: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    # vLLM runs Olmo 3 through transformers' own class and decorates it for torch.compile, also for us.
+    model.get_decoder().do_not_compile = True
+    return model
 
 
 @torch.no_grad()
@@ -165,7 +168,13 @@ def make_engine(model: str, fmt: MementoFormat, pages: int, *, options: dict[str
         "max_num_seqs": 24,
     }
     processor = ScriptedV2 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else Scripted
-    return LLM(model, **everywhere | eviction_args(fmt, logits_processors=[processor], **options or {}) | settings)
+    llm = LLM(model, **everywhere | eviction_args(fmt, logits_processors=[processor], **options or {}) | settings)
+    _ALIVE.append(llm)
+    return llm
+
+
+_ALIVE: list[LLM] = []
+"""An engine that nobody holds is shut down, and takes the groups of the others with it."""
 
 
 @cache
@@ -221,6 +230,7 @@ class Case:
     prompt_logprobs: bool = False
     sampled: int = 0
     seed: int | None = None
+    temperature: float = 1.0
 
     def params(self, n: int = 1) -> SamplingParams:
         extra: dict[str, Any] = {"memento": self.settings} if self.settings else {}
@@ -229,7 +239,7 @@ class Case:
         return SamplingParams(
             n=n,
             max_tokens=len(self.script) if self.script is not None else self.sampled,
-            temperature=1.0,
+            temperature=self.temperature,
             seed=self.seed,
             logprobs=0,
             prompt_logprobs=0 if self.prompt_logprobs else None,
