@@ -48,15 +48,15 @@ def measure(args: argparse.Namespace, count: int) -> dict[str, Any]:
     caches: dict[str, PagedCache] = {}
     for name in args.only:
         layers = tuple(
-            torch.zeros(pages, args.kv_heads, args.page_tokens, content, device=args.device, dtype=dtype)
+            torch.ones(pages, args.kv_heads, args.page_tokens, content, device=args.device, dtype=dtype)
             for _ in range(args.layers)
         )
         elements = torch.randperm(args.page_tokens * content).view(args.page_tokens, content)
         caches[name] = PagedCache(layers, elements.to(args.device) if name == "packed" else None)
     moved = count * args.tokens * next(iter(caches.values())).token_bytes
-    # As much again on each side as any cache holds, so that a copy reads and writes memory.
+    # As much again on each side as any cache holds, so that a copy reads and writes memory; touched once before.
     copies = max(1, 2**28 // moved)
-    a, b = (torch.empty(copies, moved, dtype=torch.uint8, device=args.device) for _ in range(2))
+    a, b = (torch.ones(copies, moved, dtype=torch.uint8, device=args.device) for _ in range(2))
 
     def clock() -> float:
         if args.device == "cuda":

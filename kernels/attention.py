@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -184,7 +184,6 @@ def memento_attention(
     return attend(q, k, v, visibility, scale=scale, implementation=implementation)
 
 
-@torch.compiler.disable
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -196,7 +195,7 @@ def attend(
 ) -> torch.Tensor:
     """`memento_attention` on a `Visibility` that several layers share.
 
-    ``torch.compile`` leaves it alone: the plan differs from batch to batch, and compiling it would compile every batch.
+    ``torch.compile`` leaves it alone: the plan differs from batch to batch, so every batch would be compiled anew.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
@@ -210,9 +209,15 @@ def attend(
             f"visible_until must be [B, T] = {(q.shape[0], q.shape[2])}, "
             f"got {tuple(visibility.visible_until.shape)}. A KV cache is not supported here: pass use_cache=False."
         )
-    return IMPLEMENTATIONS[implementation or default_implementation(q)](
-        q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    run = IMPLEMENTATIONS[implementation or default_implementation(q)]
+    return _uncompiled(run, q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _run(run: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+    return run(*args)
+
+
+_uncompiled = cast(Callable[..., torch.Tensor], torch.compiler.disable(_run))
 
 
 def default_implementation(q: torch.Tensor) -> str:

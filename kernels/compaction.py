@@ -103,8 +103,9 @@ class PagedCache:
 
     @cached_property
     def words(self) -> tuple[torch.Tensor, ...]:
-        """The layers as integers of the same size, which every operation knows and none rounds."""
-        return tuple(layer.view(_WORDS[layer.element_size()]) for layer in self.layers)
+        """The layers as integers, which every operation knows and none rounds; as wide as whole tokens allow."""
+        size = 8 if self.elements is None and self._in_steps_of(8) else self.layers[0].element_size()
+        return tuple(layer.view(_WORDS[size]) for layer in self.layers)
 
     @cached_property
     def addresses(self) -> torch.Tensor:
@@ -114,9 +115,12 @@ class PagedCache:
     @cached_property
     def aligned(self) -> bool:
         """Whether the values of every token begin at a multiple of 16 bytes."""
+        return self._in_steps_of(16)
+
+    def _in_steps_of(self, size: int) -> bool:
         first = self.layers[0]
-        steps = [n * first.element_size() for n in first.stride()[:3]]
-        return all(n % 16 == 0 for n in (*steps, *(layer.data_ptr() for layer in self.layers)))
+        steps = [n * first.element_size() for n in (first.shape[3], *first.stride()[:3])]
+        return all(n % size == 0 for n in (*steps, *(layer.data_ptr() for layer in self.layers)))
 
 
 def compact(cache: PagedCache, moves: Moves, *, implementation: str | None = None) -> None:

@@ -128,9 +128,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, head, targets, normaliser, entropy = ctx.saved_tensors
         _, turn = _tile_functions(ctx.implementation)
         need_hidden, need_head = ctx.needs_input_grad[:2]

@@ -11,8 +11,8 @@ run, with or without ``torch.use_deterministic_algorithms``.
 The kernels also run on the CPU under Triton's interpreter (``TRITON_INTERPRET=1`` before the first import).
 """
 
-# Launches and the constants that kernels pass to each other are beyond the type checker.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# Launches, static ranges and the constants that kernels pass to each other are beyond the type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

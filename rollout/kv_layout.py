@@ -47,7 +47,7 @@ def paged_caches(runner: GPUModelRunner) -> list[PagedCache]:
                 raise EvictionFault(f"attention backend {backend} of {name}: KV eviction knows {PLAIN_BACKENDS}")
             kinds.setdefault((isa, cache.shape, cache.dtype, cache.stride()), []).append(cache)
     return [
-        PagedCache(tuple(caches), None if isa is None else learn_packing(isa, *shape[2:], dtype))
+        PagedCache(tuple(caches), None if isa is None else learn_packing(isa, shape[2], shape[3], dtype))
         for (isa, shape, dtype, _), caches in kinds.items()
     ]
 

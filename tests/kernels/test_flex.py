@@ -90,8 +90,8 @@ def test_compiled_for_the_cpu(name: str) -> None:
 
 
 def on(device: str, visibility: Visibility) -> Visibility:
-    moved: list[Any] = [visibility.visible_until, visibility.lowest_visible, visibility.document]
-    return Visibility(*(None if x is None else x.to(device) for x in moved))
+    rest: list[Any] = [visibility.lowest_visible, visibility.document]
+    return Visibility(visibility.visible_until.to(device), *(None if x is None else x.to(device) for x in rest))
 
 
 @pytest.mark.gpu

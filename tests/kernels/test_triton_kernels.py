@@ -70,7 +70,8 @@ def logprob_errors(
         else:
             out = logits_logprobs(h @ w.T, targets, 0.7)
         total = sum((a * b).sum() for a, b in zip(out, weights, strict=True))
-        results.append((*out, *torch.autograd.grad(total, (h, w))))  # pyright: ignore[reportArgumentType]
+        assert isinstance(total, torch.Tensor)
+        results.append((*out, *torch.autograd.grad(total, (h, w))))
     return [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(*results, strict=True)]
 
 
