@@ -486,7 +486,8 @@ class RowCollator:
         if len(items) != 1:
             raise ValueError(f"one packed row at a time, got {len(items)}")
         chosen = [self.examples[i] for i in items[0]["examples"]]
-        row = pack([e.token_ids for e in chosen], [e.visible_until for e in chosen])
+        # A copy of its own type: what lies in a cache file is mapped read-only.
+        row = pack([e.token_ids.astype(np.int64) for e in chosen], [e.visible_until for e in chosen])
         region = torch.from_numpy(np.concatenate([e.region for e in chosen])).long()[None]
         labels = torch.where(region == Region.PROMPT, IGNORED, row["input_ids"])
         return {**row, "labels": labels, "region": region}

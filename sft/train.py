@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,9 +25,9 @@ from typing import Any, cast
 
 from memento.command import run_config
 from memento.config import SftConfig
-from memento.errors import UserError
+from memento.errors import RunFailed, UserError
 from memento.format import DELIMITERS
-from memento.run import Run
+from memento.run import Run, RunStopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,12 +83,18 @@ def train(config: SftConfig, *, resume: bool = False) -> Path:
         trainer = _trainer(config, model, tokenizer, data, rows, len(steps), per_rank, run)
         checkpoint = _last_checkpoint(config.out) if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
-        if run is not None and run.stopping:
-            run.stop()
-        _settle_for_generation(model, tokenizer)
-        trainer.save_model(str(folder))  # gathers shards: every rank takes part
+        if trainer.state.global_step < len(steps):
+            torch.distributed.destroy_process_group()
+            if run is not None:
+                run.stop()
+            raise RunStopped(128 + signal.SIGTERM)
+        if config.eval.problems is None:
+            save_model(trainer, folder)
+        elif run is not None:
+            best = read_best(config.out)
+            os.replace(config.out / "best" / "hf", folder)
+            run.say(f"the best checkpoint is that of step {best['step']}: accuracy {best['accuracy']:.3f}")
         if run is not None:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the model
             (config.out / "data.json").write_text(
                 json.dumps({"traces": len(data), "dropped": data.dropped, "truncated": data.truncated}) + "\n"
             )
@@ -146,6 +155,69 @@ def _load(config: SftConfig) -> tuple[Any, Any, list[str]]:
     return tokenizer, model, added
 
 
+def save_model(trainer: Any, folder: Path) -> None:
+    """Write the weights as they are now as a plain Hugging Face folder. Every rank calls it: shards are gathered."""
+    config, generation = trainer.model.config, trainer.model.generation_config
+    before = config.use_cache, generation.eos_token_id
+    _settle_for_generation(trainer.model, trainer.processing_class)
+    trainer.save_model(str(folder))
+    config.use_cache, generation.eos_token_id = before
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to whoever loads the model
+
+
+def read_best(out: Path) -> dict[str, float]:
+    """Step and accuracy of the best evaluation of a run so far; accuracy -1 before the first."""
+    file = out / "best" / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": 0, "accuracy": -1.0}
+
+
+def evaluate_checkpoint(config: SftConfig, model: Path, result: Path) -> dict[str, float]:
+    """``memento evaluate`` on a saved checkpoint, in a process of its own: real rollouts, under eviction in stage 2.
+
+    Returns:
+        accuracy, peak KV, blocks and so on, by the names of `metrics.jsonl`.
+
+    Raises:
+        RunFailed: the evaluation failed; its own words are in the message.
+    """
+    asked = config.eval
+    options: dict[str, Any] = {
+        "problems": asked.problems,
+        "samples": asked.samples,
+        "temperature": asked.temperature,
+        "top-p": asked.top_p,
+        "top-k": asked.top_k,
+        "max-tokens": asked.max_tokens,
+        "seed": config.seed,
+        "out": result,
+    }
+    command = [sys.executable, "-m", "memento.cli", "evaluate", str(model)]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    command.append("--evict" if config.stage == "stage2" else "--no-evict")
+    settings = {f"rollout.{name}": value for name, value in asked.rollout.items()}
+    settings |= {f"format.{name}": value for name, value in config.format.model_dump().items() if value is not None}
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    result.unlink(missing_ok=True)
+    outer = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_WAIT_POLICY"}
+    clean = {name: value for name, value in os.environ.items() if name not in outer}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RunFailed(f"the evaluation of {model} failed: {' '.join(done.stderr.split()[-60:])}")
+    found = json.loads(result.read_text(encoding="utf-8"))
+    values = {
+        "accuracy": found["accuracy"]["mean"],
+        "kv_peak_tokens": found["kv"]["peak_tokens"],
+        "kv_peak_ratio": found["kv"]["peak_ratio"],
+        "blocks_per_trace": found["blocks"]["blocks_per_trace"],
+        "malformed_rate": found["blocks"]["malformed_rate"],
+        "truncation_rate": found["blocks"]["truncation_rate"],
+    }
+    return {f"eval/{name}": float(value) for name, value in values.items()}
+
+
 def _settle_for_generation(model: Any, tokenizer: Any) -> None:
     """What the saved folder says about generating: with a KV cache, and until the assistant's turn ends."""
     from memento.chat import end_of_turn
@@ -196,6 +268,7 @@ def _trainer(
     from memento.sft.data import Region, RowCollator
     from memento.sft.optimizer import learning_rate, make_optimizer
 
+    ranks = int(os.environ["WORLD_SIZE"])
     # Compiling it takes half a minute, and gloo does as well without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -230,7 +303,11 @@ def _trainer(
             self.region_tokens.index_add_(0, where.cpu(), torch.ones(len(where)))
 
         def take_region_losses(self) -> dict[str, float]:
-            """Mean loss of each region since the last call."""
+            """Mean loss of each region since the last call, over all ranks: every one of them calls it."""
+            device = next(self.model.parameters()).device  # pyright: ignore[reportOptionalMemberAccess]
+            sums = torch.stack([self.region_loss, self.region_tokens]).to(device)
+            torch.distributed.all_reduce(sums)
+            self.region_loss, self.region_tokens = sums.cpu()
             pairs = zip(Region, self.region_loss.tolist(), self.region_tokens.tolist(), strict=True)
             means = {f"loss/{r.name.lower()}": s / n for r, s, n in pairs if n and r is not Region.PROMPT}
             self.reset_regions()
@@ -240,10 +317,16 @@ def _trainer(
             self.region_loss, self.region_tokens = torch.zeros(len(Region)), torch.zeros(len(Region))
 
     class Reporter(TrainerCallback):
-        """Writes metrics and the progress line, and turns a signal into a checkpoint and an end."""
+        """Writes metrics and the progress line, evaluates, and turns a signal into a checkpoint and an end."""
+
+        def __init__(self) -> None:
+            self.evaluation: dict[str, float] = {}  # of this step, until it is logged
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if run is None or logs is None or "loss" not in logs:
+            if logs is None or "loss" not in logs:
+                return
+            regions = trainer.take_region_losses()
+            if run is None:
                 return
             names = {
                 "loss": "train/loss",
@@ -254,11 +337,35 @@ def _trainer(
                 "num_tokens": "train/tokens",
             }
             metrics = {name: float(logs[key]) for key, name in names.items() if key in logs}
-            run.log(state.global_step, metrics | trainer.take_region_losses())
+            run.log(state.global_step, metrics | regions | self.evaluation)
+            self.evaluation = {}
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if run is not None and run.stopping and state.global_step < state.max_steps:
+            stopping = run is not None and run.stopping and state.global_step < state.max_steps
+            if ranks > 1:  # a signal may reach one rank only; all must leave the loop together
+                flag = torch.tensor([float(stopping)])
+                stopping = bool(trainer.accelerator.reduce(flag.to(trainer.accelerator.device)).item())
+            if stopping:
                 control.should_save = control.should_training_stop = True
+            elif config.eval.problems is not None:
+                at_end = state.global_step == state.max_steps
+                if at_end or state.global_step % config.eval.interval == 0:
+                    self.evaluate(state.global_step)
+                    control.should_log = True
+
+        def evaluate(self, step: int) -> None:
+            """Save, evaluate, and keep the checkpoint if none before it did better."""
+            candidate = config.out / "candidate"
+            save_model(trainer, candidate / "hf")
+            if run is not None:
+                with run.phase("eval"):
+                    self.evaluation = evaluate_checkpoint(config, candidate / "hf", candidate / "evaluation.json")
+                accuracy = self.evaluation["eval/accuracy"]
+                if accuracy > read_best(config.out)["accuracy"]:
+                    (candidate / "result.json").write_text(json.dumps({"step": step, "accuracy": accuracy}) + "\n")
+                    shutil.rmtree(config.out / "best", ignore_errors=True)
+                    os.replace(candidate, config.out / "best")
+            torch.distributed.barrier()
 
     arguments = SFTConfig(
         output_dir=str(config.out / "checkpoints"),
@@ -277,7 +384,9 @@ def _trainer(
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="no" if config.checkpoint_steps is None else "steps",
+        save_steps=config.checkpoint_steps or 500,
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         seed=config.seed,

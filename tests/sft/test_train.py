@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memento.arithmetic import make_problems
+from memento.problems import save_problems
 from memento.run import read_metrics
 
 QUICK = {
@@ -113,6 +116,56 @@ def test_a_stopped_and_resumed_run_has_the_same_losses_to_the_last_digit(finishe
     assert [row["train/loss"] for row in numbers(out)] == [row["train/loss"] for row in numbers(finished)]
     weights = [AutoModelForCausalLM.from_pretrained(f / "hf").state_dict() for f in (out, finished)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = environment() | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    arguments = command(tmp_path, out)
+    ranks = [
+        subprocess.Popen(
+            arguments, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    for ours, theirs in zip(numbers(out), numbers(finished), strict=True):
+        for name in ("train/loss", "loss/block", "loss/memento", "loss/delimiter", "loss/answer", "train/grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
+    weights = [AutoModelForCausalLM.from_pretrained(f / "hf").state_dict() for f in (out, finished)]
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_by_rollouts_is_the_result(finished: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    save_problems(make_problems(4, 5, terms=(2, 2)), problems)
+    engine = {"device": "cpu", "dtype": "float32", "kv_cache_mib": 64, "max_model_len": 256, "block_size": 32}
+    evaluation = {"problems": str(problems), "interval": 1, "temperature": 1.0, "max_tokens": 40, "rollout": engine}
+    phases = [{"steps": 2, "problems": {"min_terms": 2, "max_terms": 3}}]
+    changes = {"stage": "stage2", "model": str(finished / "hf"), "phases": phases, "eval": evaluation}
+    out = tmp_path / "run"
+    done = run(command(tmp_path, out, checkpoint_steps=1, **changes))
+    assert done.returncode == 0, done.stderr
+    accuracies = [row["eval/accuracy"] for row in read_metrics(out)]
+    assert len(accuracies) == 2 and all(a is not None and 0 <= a <= 1 for a in accuracies)
+    best = json.loads((out / "best" / "result.json").read_text())
+    assert best["accuracy"] == max(a for a in accuracies if a is not None)
+    assert best["step"] == accuracies.index(best["accuracy"]) + 1, "the first of equal ones"
+    assert (out / "hf" / "model.safetensors").is_file() and not (out / "candidate" / "hf" / "optimizer.pt").exists()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
+    trained, start = (AutoModelForCausalLM.from_pretrained(f / "hf").state_dict() for f in (out, finished))
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
 
 
 @pytest.mark.slow
