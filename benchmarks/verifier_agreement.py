@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from memento.config import ProblemsConfig, RewardsConfig
 from memento.problems import Problem, ProblemKind
-from memento.rewards.math_verifier import as_number, gold_text, is_words
+from memento.rewards.math_verifier import gold_text, is_words
+from memento.rewards.plain_answers import as_number
 from memento.rewards.scoring import Scorer
 from memento.sources import load
 from memento.trajectory import Outcome

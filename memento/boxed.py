@@ -40,8 +40,9 @@ def last_boxed(text: str) -> str | None:
         between = text[box.closes + 1 : last.opens] if box.closes < last.opens <= box.closes + 1 + JOINT_CHARS else None
         if between is None or not _JOINT.fullmatch(between) or not re.search(r"and|or|,|;", between):
             break
-        parts, last = [box.text, *parts], box
-    return ", ".join(dict.fromkeys(parts))
+        last = box
+        parts.append(box.text)
+    return ", ".join(dict.fromkeys(reversed(parts)))
 
 
 def _boxes(text: str) -> list[_Box]:

@@ -3,7 +3,7 @@ r"""Mathematical equivalence by math-verify, run in a killable worker (see `meme
 `MathVerifier` runs in the caller's process and touches no SymPy; `compare` runs in the worker. The steps:
 
 1. The last answer is extracted first (`memento.rewards.answers`): math-verify reads several ``\boxed`` as one set.
-2. Equal as normalised strings, or both plain numbers: settled, no process needed.
+2. Equal as normalised strings, or both written plainly (`memento.rewards.plain_answers`): settled, no process needed.
 3. A gold that is words or a choice letter is *only* compared as a string: to SymPy "east" is e*a*s*t and equals "teas".
 4. Otherwise math-verify decides. What it cannot decide in time has no score: a timeout is not a wrong answer.
 """
@@ -14,7 +14,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ from memento.errors import UserError
 from memento.problems import Problem
 from memento.rewards.answers import Answer, AnswerSource, find_answer
 from memento.rewards.choice import letter_of
+from memento.rewards.plain_answers import as_number, same_plainly
 from memento.rewards.workers import Message, Reply, Status, WorkerPool
 from memento.trajectory import Outcome, RewardResult
 
@@ -130,82 +130,13 @@ def _unreadable_gold(problem: Problem) -> str:
     )
 
 
-_GROUP = r"(?:,?\\![ ]?|,|\{,\}|,?\\,|[ ]|\\[ ])"  # between thousands
-_NUMBER = re.compile(
-    rf"(?:(?P<whole>\d{{1,3}}(?:{_GROUP}\d{{3}})+|\d{{1,40}})?(?P<decimals>\.\d{{1,40}})?)(?:/(?P<under>\d{{1,40}}))?"
-)
-_FRACTION = re.compile(
-    r"(?P<mixed>\d{1,15}(?=[ ]?\\|[ ]))?[ ]?"
-    r"(?:\\[dtc]?frac[ ]?(?:\{(?P<over>-?\d{1,40})\}|(?P<o>\d))[ ]?(?:\{(?P<under>\d{1,40})\}|(?P<u>\d))"
-    r"|(?P<a>\d{1,40})/(?P<b>\d{1,40}))"
-)
-
-
-_BASED = re.compile(r"\s*([0-9A-F]+)_(?:\{\s*)?(\d+)\s*\}?\s*")
-"""A number in another base than ten: ``204_5``."""
-
-_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
-
-
-class Number(NamedTuple):
-    """A number as it is written. `exact` says that no decimal point was used, so it is not rounded."""
-
-    value: Fraction
-    exact: bool
-
-
-def as_number(text: str) -> Number | None:
-    r"""A number that is written plainly: ``-3``, ``1,234``, ``\$5``, ``.5``, ``3/4``, ``\frac34``, ``1 \frac{1}{2}``.
-
-    Anything else, and anything that could be read in two ways (``0,5``, ``1,22``, ``3\%``), gives None.
-    """
-    plain = text.strip().removesuffix(".").strip()
-    negative = plain[:1] in ("-", "−")
-    plain = plain[negative or plain[:1] == "+" :].lstrip().removeprefix("\\$").removeprefix("$").lstrip()
-    match, value, exact = _FRACTION.fullmatch(plain), None, True
-    if match:
-        over, under = (int(match[x] or match[y] or match[z]) for x, y, z in (("over", "o", "a"), ("under", "u", "b")))
-        if match["mixed"] is None:
-            value = Fraction(over, under) if under else None
-        elif 0 < over < under:  # 1 3/2 is no mixed number
-            value = int(match["mixed"]) + Fraction(over, under)
-    elif (match := _NUMBER.fullmatch(plain)) and (match["whole"] or match["decimals"]):
-        exact = match["decimals"] is None
-        value = Fraction(re.sub(r"\D", "", match["whole"] or "0") + (match["decimals"] or ""))
-        if match["under"] is not None:
-            value = value / int(match["under"]) if int(match["under"]) else None
-    return None if value is None else Number(-value if negative else value, exact)
-
-
-def same_number(gold: Number, answer: Number) -> bool:
-    """Whether two numbers are equal; a decimal may be rounded in its sixth place, as math-verify has it.
-
-    So 0.333333 is 1/3. But the difference must also be small against the numbers: 0.0000001 is not 0.0000002.
-    """
-    if gold.value == answer.value:
-        return True
-    if gold.exact and answer.exact:
-        return False
-    difference = abs(gold.value - answer.value)
-    return difference < Fraction(1, 10**6) and difference <= max(abs(gold.value), abs(answer.value)) / 500_000
-
-
 def same_without_sympy(gold: str, answer: str) -> bool | None:
     """Whether an answer is right, where strings or plain numbers settle it; None where it takes mathematics."""
     if normalise(gold) == normalise(answer):
         return True
     if is_words(gold):
         return letter_of(gold) is not None and letter_of(gold) == letter_of(answer)
-    based = _BASED.fullmatch(gold)
-    if based:  # SymPy would drop the base
-        said = _BASED.fullmatch(answer)
-        return based.groups() == said.groups() if said else based[1] == answer.strip()
-    gold_number, answer_number = as_number(gold), as_number(answer)
-    if gold_number is not None and not gold_number.exact and _DECIMAL_COMMA.fullmatch(answer.strip()):
-        answer_number = as_number(answer.replace(",", "."))  # 2,74 for 2.74: no list is meant
-    if gold_number is not None and answer_number is not None:
-        return same_number(gold_number, answer_number)
-    return None
+    return same_plainly(gold, answer)
 
 
 _DOLLARS = re.compile(r"^\$+(.*?)\$+$", re.DOTALL)
@@ -287,7 +218,8 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
     answers = _parsed(answer)
     if not boxed and not answers and "\\" not in answer:
         answers = _found_in(answer)
-    equal = bool(answers) and verify(golds, answers)
+    percent = "%" in gold + answer or "percent" in answer  # 28 % is 28 as well as 0.28 to math-verify
+    equal = bool(answers) and (percent or not _differ_at_a_point(golds, answers)) and verify(golds, answers)
     if not equal:
         _refuse_a_verdict_for_lack_of_memory()
     return {"gold_parsed": True, "answer_parsed": bool(answers), "equal": equal}
@@ -311,6 +243,32 @@ def _found_in(prose: str) -> tuple[Basic, ...]:
     """The formula or number that stands in a piece of prose."""
     _, parse_text, _ = _math_verify()
     return tuple(parse_text(prose))
+
+
+def _differ_at_a_point(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool:
+    """Whether two expressions are seen to be unequal by numbers put into them: most wrong answers, without `simplify`.
+
+    Only a difference far beyond any rounding counts. Symbols alone may be words, and are left to math-verify.
+    """
+    from sympy import Expr, Float, Symbol
+
+    if len(golds) != 1 or len(answers) != 1:
+        return False
+    gold, answer = golds[0], answers[0]
+    if not isinstance(gold, Expr) or not isinstance(answer, Expr) or isinstance(gold, Symbol | Float):
+        return False
+    if isinstance(answer, Symbol | Float):
+        return False
+    names = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    for start in (0.37, 1.61):
+        place = {name: start + 0.29 * number for number, name in enumerate(names)}
+        try:
+            left, right = complex(gold.evalf(15, subs=place)), complex(answer.evalf(15, subs=place))
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            return False  # not a number there
+        if abs(left - right) > 1e-3 * max(1.0, abs(left), abs(right)):  # false for infinities and NaN
+            return True
+    return False
 
 
 _PLAIN = re.compile(r"[\d\s.,+\-*/^()%]+")
