@@ -4,7 +4,7 @@ What the caller keeps to itself: the expected outputs, the verdict and the deadl
 one input. Levels, weakest first:
 
     subprocess   own session, resource limits, scrubbed environment, a temporary folder, a system-call filter without
-                 sockets and signals; daemons are reaped. It stops accidents. It can read and write what the caller can.
+                 sockets, signals and new processes. It stops accidents. It can read and write what the caller can.
     namespaces   a user, pid, mount, network, IPC and host-name namespace of its own: no other processes, no network, a
                  private read-only root with only the system libraries and the Python it runs, private /tmp and /proc, a
                  user id nobody has, no capabilities and none to be gained, a system-call filter, resource limits; and a
@@ -316,7 +316,9 @@ class Sandbox:
             if wrong or found["capabilities"]:
                 raise SandboxError(f"from inside it looks open: {wrong or found['capabilities']}")
         elif found["filter"] != 2:
-            logger.warning("no system-call filter on this machine: programs can open sockets and send signals")
+            logger.warning(
+                "no system-call filter on this machine: sockets, signals and new processes are open to programs"
+            )
 
 
 _PROBE = """
@@ -506,7 +508,7 @@ class _Zygote:
             machine = os.uname().machine
             filtered = b""
             if machine in ARCHITECTURES:
-                filtered = compile_filter(machine, signals=self._level is Isolation.NAMESPACES)
+                filtered = compile_filter(machine, processes=self._level is Isolation.NAMESPACES)
             elif self._level is Isolation.NAMESPACES:
                 raise SandboxError(f"no list of system calls for {machine}, only for {' and '.join(ARCHITECTURES)}")
             config = {"level": self._level.value, "root": self._folder, "preload": list(self._preload)}

@@ -11,8 +11,9 @@ What the zygote never holds, its children cannot find: programs, inputs and call
 program's process reads, and expected outputs stay in the caller. It serves one run at a time; a run is over when every
 process of it is dead.
 
-At level "subprocess" there are no namespaces: zygote and supervisor are "subreapers", which inherit the daemons a
-program leaves behind and kill them, and the filter forbids all signals. That level limits accidents, not attacks.
+At level "subprocess" there are no namespaces, and the filter forbids signals and new processes; where there is no
+filter either, zygote and supervisor are "subreapers", which inherit the daemons a program leaves behind and kill them.
+That level limits accidents, not attacks.
 
 Modes of a run: "program" (a script with standard input), "call" (one call of a function, its value as JSON), "serve" (a
 solution that answers calls) and "check" (the asserts that make those calls; they are the data set's, not the model's).
@@ -414,7 +415,7 @@ def run_mode(mode, fds):
         code = exit_code(error.code)
     except BaseException:
         code = 1
-        traceback.print_exc()
+        traceback.print_exc(limit=-10)  # of a million frames of a recursion, the last
     try:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()

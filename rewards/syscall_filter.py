@@ -49,8 +49,9 @@ setsockopt:54:208 getsockname:51:204 getpeername:52:205
 """
 """name:number on x86_64:number on aarch64"""
 
-SIGNALS = {"kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"}
-"""Harmless inside a process-id namespace, where there is nobody else to hit."""
+PROCESSES = {"kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "fork", "vfork"}
+"""Signals and new processes: harmless inside a process-id namespace, where there is nobody else to hit, and which is
+killed as a whole."""
 
 NEWEST_KNOWN = 450
 """Calls above this number did not exist when the list was made."""
@@ -60,6 +61,7 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 CLONE3 = 435
 X32_BIT = 0x40000000
+CLONE_THREAD = 0x10000
 NEW_NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET of clone(2)."""
 
@@ -82,25 +84,25 @@ Instruction = tuple[int, int, int, int]
 """Code, instructions to skip if true, if false, constant."""
 
 
-def allowed_numbers(machine: str, *, signals: bool) -> dict[str, int]:
+def allowed_numbers(machine: str, *, processes: bool) -> dict[str, int]:
     """Name -> number of the calls that pass, on a machine of this kind (`os.uname().machine`)."""
     column = ARCHITECTURES[machine][0]
     numbers: dict[str, int] = {}
     for entry in ALLOWED.split():
         name, *columns = entry.split(":")
-        if columns[column] != "-" and (signals or name not in SIGNALS):
+        if columns[column] != "-" and (processes or name not in PROCESSES):
             numbers[name] = int(columns[column])
     return numbers
 
 
-def filter_program(machine: str, *, signals: bool) -> list[Instruction]:
+def filter_program(machine: str, *, processes: bool) -> list[Instruction]:
     """The filter for one kind of machine.
 
     Args:
         machine: ``x86_64`` or ``aarch64``; KeyError for another.
-        signals: whether a program may send signals, to itself included.
+        processes: whether a program may start others and send signals. Threads it may have in any case.
     """
-    numbers = allowed_numbers(machine, signals=signals)
+    numbers = allowed_numbers(machine, processes=processes)
     program: list[Instruction] = [
         (LD, 0, 0, ARCHITECTURE),
         (JEQ, 1, 0, ARCHITECTURES[machine][1]),
@@ -113,7 +115,13 @@ def filter_program(machine: str, *, signals: bool) -> list[Instruction]:
     program += [(JEQ, 0, 1, CLONE3), (RET, 0, 0, UNKNOWN)]
     program += _with_arguments(
         numbers.pop("clone"),
-        [(LD, 0, 0, FIRST_ARGUMENT), (JSET, 0, 1, NEW_NAMESPACE_FLAGS), (RET, 0, 0, DENY), (RET, 0, 0, ALLOW)],
+        [
+            (LD, 0, 0, FIRST_ARGUMENT),
+            (JSET, 0, 1, NEW_NAMESPACE_FLAGS),
+            (RET, 0, 0, DENY),
+            *([] if processes else [(JSET, 1, 0, CLONE_THREAD), (RET, 0, 0, DENY)]),
+            (RET, 0, 0, ALLOW),
+        ],
     )
     program += _with_arguments(
         numbers.pop("ioctl"),
@@ -142,9 +150,9 @@ def filter_program(machine: str, *, signals: bool) -> list[Instruction]:
     return [*program, (JGT, 0, 1, NEWEST_KNOWN), (RET, 0, 0, UNKNOWN), (RET, 0, 0, DENY)]
 
 
-def compile_filter(machine: str, *, signals: bool) -> bytes:
+def compile_filter(machine: str, *, processes: bool) -> bytes:
     """`filter_program` as the array of struct sock_filter that the kernel takes."""
-    return b"".join(struct.pack("<HBBI", *instruction) for instruction in filter_program(machine, signals=signals))
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in filter_program(machine, processes=processes))
 
 
 def _with_arguments(number: int, body: list[Instruction]) -> list[Instruction]:

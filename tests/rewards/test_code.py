@@ -257,7 +257,8 @@ def test_a_daemon_does_not_stay(scorer: Scorer, then: str):
     problem = stdio(("", "x"), time_limit_s=1.5)
     start = time.monotonic()
     result = scorer.score(problem, fenced(DAEMON.format(marker=marker, then=then)))
-    assert result.outcome is (Outcome.TIMEOUT if then else Outcome.CORRECT), result
+    allowed = scorer.code.sandbox().level.value == "namespaces"  # the weaker level has no second process at all
+    assert result.outcome is (Outcome.WRONG if not allowed else Outcome.TIMEOUT if then else Outcome.CORRECT), result
     assert time.monotonic() - start < 10
     for _ in range(20):
         if not processes_with(marker):
@@ -427,8 +428,6 @@ def test_the_ways_a_program_may_end_well(scorer: Scorer):
         "import atexit, os\natexit.register(os.write, 1, b'6\\n')",
         "import sys\nsys.stdout.write('6')\nsys.stdout.close()",
         "import os, sys\nos.write(1, b'6')\nsys.stdout = None",
-        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(6)'], check=True)",
-        "from multiprocessing import Pool\nwith Pool(2) as pool: print(sum(pool.map(abs, [1, -5])))",
         "import asyncio\nasync def main(): print(6)\nasyncio.run(main())",
         "import tempfile\nwith tempfile.TemporaryFile('w+') as f:\n    f.write('6'); f.seek(0); print(f.read())",
         "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(50000) - 49994)",
@@ -437,6 +436,17 @@ def test_the_ways_a_program_may_end_well(scorer: Scorer):
     ):
         result = scorer.score(stdio(("3\n", "6\n"), memory_limit_mib=1024), fenced(program))
         assert result.score == 1.0, (program, result.detail)
+
+
+def test_processes_of_its_own(scorer: Scorer):
+    contained = scorer.code.sandbox().level.value == "namespaces"
+    for program in (
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(6)'], check=True)",
+        "from multiprocessing import Pool\nwith Pool(2) as pool: print(sum(pool.map(abs, [1, -5])))",
+    ):
+        result = scorer.score(stdio(("3\n", "6\n"), memory_limit_mib=1024), fenced(program))
+        assert result.outcome is (Outcome.CORRECT if contained else Outcome.WRONG), result
+        assert contained or "Operation not permitted" in result.detail
 
 
 def test_other_languages_are_a_problem_of_the_problem(scorer: Scorer):

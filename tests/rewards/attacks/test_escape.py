@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memento.rewards.sandbox import Run, Sandbox
-from memento.rewards.syscall_filter import SIGNALS, allowed_numbers
+from memento.rewards.syscall_filter import PROCESSES, allowed_numbers
 from memento.trajectory import RewardResult
 
 Attack = Callable[..., tuple[Run, RewardResult]]
@@ -190,7 +190,7 @@ print(tried(libc.setns, os.open("/proc/1/ns/net", os.O_RDONLY) if os.path.exists
 
 
 def clone_number() -> int:
-    return allowed_numbers(os.uname().machine, signals=True)["clone"]
+    return allowed_numbers(os.uname().machine, processes=True)["clone"]
 
 
 def test_mounts(attack: Attack):
@@ -199,7 +199,7 @@ print(tried(libc.mount, b"none", b"/tmp", b"tmpfs", 0, b""), tried(libc.umount2,
 print(tried(libc.mount, b"/usr", b"/tmp", b"", 4096, None), tried(libc.umount2, b"/tmp", 2), sep="\\n")
 print(tried(libc.mount, b"none", b"/usr", b"", 32 | 4096, None), sep="\\n")  # remount, writable
 for number in (155, 428, 429, 430, 431, 432, 433, 442, 41, 40):
-    if number not in {sorted(allowed_numbers(os.uname().machine, signals=True).values())!r}:
+    if number not in {sorted(allowed_numbers(os.uname().machine, processes=True).values())!r}:
         print(tried(libc.syscall, number, 0, 0, 0, 0, 0))
 """
     assert refused(attack(program)[0])
@@ -258,7 +258,7 @@ print(tried(open, "/dev/mem"), tried(open, "/dev/kmsg"), tried(open, "/dev/tty")
 
 
 def test_kernel_interfaces(attack: Attack):
-    allowed = sorted(allowed_numbers(os.uname().machine, signals=True).values())
+    allowed = sorted(allowed_numbers(os.uname().machine, processes=True).values())
     uprobes = (335, 336)  # which no filter is asked about; from anywhere but a uprobe's own code they are fatal
     program = f"""{TRY}
 for number in range(500):
@@ -356,9 +356,9 @@ print(found, searched > 1 << 20)
     assert run.stdout == b"[] True\n", run
 
 
-def test_signals_are_all_there_is_to_send():
-    """What the weaker level takes away are exactly the calls that send signals."""
+def test_what_the_weaker_level_takes_away():
+    """Exactly the calls that signal or start other processes."""
     machine = os.uname().machine
-    difference = set(allowed_numbers(machine, signals=True)) - set(allowed_numbers(machine, signals=False))
-    assert difference == SIGNALS
+    difference = set(allowed_numbers(machine, processes=True)) - set(allowed_numbers(machine, processes=False))
+    assert difference <= PROCESSES and "kill" in difference
     assert ctypes.sizeof(ctypes.c_void_p) == 8
