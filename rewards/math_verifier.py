@@ -125,8 +125,8 @@ class MathVerifier:
 
 def _unreadable_gold(problem: Problem) -> str:
     return (
-        f"problem {problem.id!r}: the answer {problem.answer!r} reads neither as mathematics nor as words, so no "
-        "completion could ever be right. Write it as LaTeX or plain text, or use kind 'choice' for a letter."
+        f"problem {problem.id!r}: the answer {problem.answer!r} reads neither as mathematics nor as words, so only the "
+        "very same string could ever be right. Write it as LaTeX or plain text, or use kind 'choice' for a letter."
     )
 
 
@@ -264,9 +264,10 @@ def _differ_at_a_point(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool
         place = {name: start + 0.29 * number for number, name in enumerate(names)}
         try:
             left, right = complex(gold.evalf(15, subs=place)), complex(answer.evalf(15, subs=place))
+            apart = abs(left - right) > 1e-3 * max(1.0, abs(left), abs(right))  # false for infinities and NaN
         except (TypeError, ValueError, ArithmeticError, AttributeError):
-            return False  # not a number there
-        if abs(left - right) > 1e-3 * max(1.0, abs(left), abs(right)):  # false for infinities and NaN
+            return False  # no number there, or one too large
+        if apart:
             return True
     return False
 

@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-_GROUP = r"(?:,?\\![ ]?|,|\{,\}|,?\\,|[ ]|\\[ ])"  # between thousands
+_GROUP = r"(?:,?[ ]?\\![ ]?|,|\{,\}|,?\\,|[ ]|\\[ ])"  # between thousands
 _NUMBER = re.compile(
     rf"(?:(?P<whole>\d{{1,3}}(?:{_GROUP}\d{{3}})+|\d{{1,40}})?(?P<decimals>\.\d{{1,40}})?)(?:/(?P<under>\d{{1,40}}))?"
 )

@@ -91,6 +91,7 @@ def test_a_plain_verdict_is_the_one_of_math_verify(scorer: Scorer) -> None:
         ("204_5", "204", True),
         ("4 4/9", "40/9", True),
         ("10,\\!080", "10080", True),
+        ("111, \\! 111, \\! 111", "111, \\! 111", False),
         ("east", "teas", None),
     ],
 )
