@@ -408,7 +408,14 @@ SECTIONS: dict[str, tuple[str, tuple[Metric, ...]]] = {
             Metric(
                 "train/loss", "nats", "mean loss of a completion token", "falls; stage 2 starts a little higher", "sft"
             ),
-            Metric("train/grad_norm", "1", "norm of the gradient before clipping", "no sudden rise", "sft"),
+            Metric(
+                "train/grad_norm",
+                "1",
+                "norm of the gradient before clipping",
+                "no sudden rise",
+                "some",
+                "`zero_stage` above 0: without ZeRO, DeepSpeed reports none",
+            ),
             Metric("train/lr", "1", "learning rate", when="sft"),
             Metric("train/entropy", "nats", "entropy of the model at each token, mean", "falls", "sft"),
             Metric("train/token_accuracy", "1", "tokens that are the model's most likely one", "rises", "sft"),

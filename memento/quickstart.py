@@ -32,7 +32,7 @@ from memento.arithmetic import SPLITS
 from memento.config import ProblemsConfig, RlConfig, load_config
 from memento.errors import UserError
 from memento.problems import save_problems
-from memento.results import QuickstartResults, result_table, write_results
+from memento.results import ROWS, TEMPERATURES, QuickstartResults, result_table, sampling_temperature, write_results
 from memento.sources import read_problems
 from memento.trajectory import SamplingParams, append_jsonl
 
@@ -60,28 +60,6 @@ SIZES = {
     "small": Size("small", problems=400, cool_problems=100),
 }
 """`full` is what the README shows; `small` is the same path on shorter problems, for the test suite."""
-
-TEMPERATURES = {"1.0": 1.0, "0.6": 0.6, "greedy": 0.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of the result table: a model, and how it is decoded."""
-
-    name: str
-    model: str
-    """Folder below the run's: its ``hf`` is evaluated."""
-    evict: bool
-    temperatures: Sequence[str] = ("1.0", "0.6", "greedy")
-
-
-ROWS = (
-    Row("stage1_full", "stage1", evict=False),
-    Row("stage1_evicted", "stage1", evict=True),
-    Row("stage2_evicted", "stage2", evict=True),
-    Row("rl_evicted", "rl", evict=True),
-    Row("control_full", "control", evict=False),
-)
 
 
 class PhaseFailed(RuntimeError):
@@ -298,9 +276,9 @@ def evaluate_rows(out: Path, size: Size, seed: int, console: Console) -> None:
     folder = out / "eval"
     folder.mkdir(exist_ok=True)
     save_problems(problems, folder / "problems.jsonl")
-    model = SavedModel(out / ROWS[0].model / "hf")
+    model = SavedModel(out / next(iter(ROWS.values())).folder / "hf")
     fmt = config.format.bind(load_tokenizer(model.folder))
-    jobs = [(row, t, size.problems if t == "1.0" else size.cool_problems) for row in ROWS for t in row.temperatures]
+    jobs = [(row, t, size.problems if t == "1.0" else size.cool_problems) for row in ROWS for t in TEMPERATURES]
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
     connect()
@@ -316,26 +294,26 @@ def evaluate_rows(out: Path, size: Size, seed: int, console: Console) -> None:
         bar = progress.add_task("", total=sum(count for _, _, count in jobs))
         version = 0
         for row, temperature, count in jobs:
-            progress.update(bar, description=f"{row.name} T={temperature}")
-            if model.folder != out / row.model / "hf":
-                version, model.folder = version + 1, out / row.model / "hf"
+            progress.update(bar, description=f"{row} T={temperature}")
+            if model.folder != out / ROWS[row].folder / "hf":
+                version, model.folder = version + 1, out / ROWS[row].folder / "hf"
                 weights.push(version)
             result, groups = evaluate(
                 engines,
                 rewards,
                 problems[:count],
-                SamplingParams(temperature=TEMPERATURES[temperature], max_tokens=config.sampling.max_tokens),
+                SamplingParams(temperature=sampling_temperature(temperature), max_tokens=config.sampling.max_tokens),
                 fmt=fmt,
                 samples=1,
                 seed=seed,
-                evict=row.evict,
+                evict=ROWS[row].evict,
                 group_prefix="final",
                 progress=lambda _: progress.advance(bar),
                 concurrency=config.rollout.engines * config.rollout.max_num_seqs,
                 model=str(model.folder),
             )
-            name = f"{row.name}_t{temperature}"
+            name = f"{row}_t{temperature}"
             (folder / f"{name}.jsonl").unlink(missing_ok=True)  # half a file of an evaluation that was interrupted
             append_jsonl(groups, folder / f"{name}.jsonl")
             (folder / f"{name}.json").write_text(result.model_dump_json(indent=2) + "\n")
-            console.print(f"{row.name:>16}  T={temperature:<7}{count:>4} problems  accuracy {result.accuracy.mean:.3f}")
+            console.print(f"{row:>16}  T={temperature:<7}{count:>4} problems  accuracy {result.accuracy.mean:.3f}")

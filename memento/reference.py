@@ -168,7 +168,7 @@ _FORMAT = MementoFormat(block_start=1, block_end=2, summary_start=3, summary_end
 _TRACE = "ppp 1bbbbb2 3mm4 1bbbb2 3m4 aaa".replace(" ", "")
 """A prompt, two blocks with their mementos, an answer: one letter or digit a token."""
 _IDS = tuple(int(t) if t.isdigit() else 9 for t in _TRACE)
-_CELL, _TOP, _LEFT = 20, 92, 96
+_CELL, _TOP, _LEFT = 20, 92, 104
 _NAMES = {"1": "block_start", "2": "block_end", "3": "summary_start", "4": "summary_end", "p": "prompt", "a": "answer"}
 _GONE = "#f5f6f8"
 _COLOURS = {"p": "#7d8da1", "b": "#1f6feb", "m": "#15803d", "a": "#7d8da1"}
@@ -181,7 +181,7 @@ def visibility_picture() -> str:
     resident = kv_profile(_IDS, _FORMAT, prompt_len).resident_T
     side = total * _CELL
     bar, unit = _LEFT + side + 24, 7
-    width, height = bar + int(resident.max()) * unit + 40, _TOP + side + 66
+    width, height = bar + int(resident.max()) * unit + 120, _TOP + side + 66
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         'aria-label="Which keys each query sees" font-family="system-ui,sans-serif" font-size="11">',
@@ -215,13 +215,11 @@ def visibility_picture() -> str:
             f'<rect x="{bar}" y="{y + 3}" width="{int(resident[t]) * unit}" height="{_CELL - 6}" fill="#1f6feb" '
             f'opacity=".28"/><text x="{bar + int(resident[t]) * unit + 5}" y="{y + 14}">{int(resident[t])}</text>'
         )
+    edge = bar + int(resident.max()) * unit + 26
     for boundary in sorted(set(until[until < total].tolist())):
-        y = _TOP + boundary * _CELL
-        parts.append(f'<path d="M{_LEFT},{y}H{bar + int(resident.max()) * unit}" stroke="#c2410c" stroke-width="1.5"/>')
-        gone = int(np.count_nonzero(until == boundary))
-        parts.append(
-            f'<text x="{_LEFT + side - 4}" y="{y - 5}" fill="#c2410c" text-anchor="end">{gone} tokens leave</text>'
-        )
+        y, gone = _TOP + boundary * _CELL, int(np.count_nonzero(until == boundary))
+        parts.append(f'<path d="M{_LEFT},{y}H{edge}" stroke="#c2410c" stroke-width="1.5"/>')
+        parts.append(f'<text x="{edge + 5}" y="{y + 4}" fill="#c2410c">{gone} tokens leave</text>')
     legend = (("#7d8da1", "prompt, answer"), ("#c9a227", "delimiter"), ("#1f6feb", "block"), ("#15803d", "memento"))
     x, y = _LEFT, _TOP + side + 34
     for colour, text in legend:

@@ -35,6 +35,71 @@ STAGES = ("stage1", "stage2", "control", "")
 """The order in which SFT runs are shown."""
 
 
+CURVES: tuple[tuple[str, str, dict[str, Any], tuple[tuple[str, str, dict[str, Any]], ...]], ...] = (
+    (
+        "Reward and held-out accuracy",
+        "mean score",
+        {"y_range": (0, 1)},
+        (
+            ("reward/mean", "training reward, mean", {}),
+            ("eval/accuracy", "evaluation ({how})", {"colour": 1, "dots": True}),
+        ),
+    ),
+    (
+        "Engine against learner",
+        "mismatch (nats), logarithmic",
+        {"log": True},
+        (
+            ("mismatch/kl_mean", "mismatch KL, mean over tokens", {}),
+            ("mismatch/max_abs_logprob_diff", "largest |log-prob difference|", {"colour": 1}),
+        ),
+    ),
+    (
+        "Blocks and mementos",
+        "mean length (tokens)",
+        {"y_range": (0, None)},
+        (("memento/block_tokens", "block", {}), ("memento/memento_tokens", "memento", {"colour": 2})),
+    ),
+    (
+        "Blocks of a trace",
+        "blocks per trace",
+        {"y_range": (0, None)},
+        (("memento/blocks_per_trace", "blocks per trace", {}),),
+    ),
+    (
+        "KV saved",
+        "without over with eviction (×)",
+        {"y_range": (1, None)},
+        (("kv/peak_ratio", "peak KV", {}), ("kv/area_ratio", "KV-AUC", {"colour": 1})),
+    ),
+    (
+        "Completion length",
+        "completion (tokens)",
+        {"y_range": (0, None)},
+        (
+            ("length/completion_mean", "mean", {}),
+            ("length/completion_max", "longest", {"colour": 3, "faint": True}),
+        ),
+    ),
+    (
+        "Entropy of the policy",
+        "nats per token",
+        {"y_range": (0, None)},
+        (("train/entropy", "entropy", {}),),
+    ),
+    (
+        "Throughput",
+        "tokens per second",
+        {"y_range": (0, None)},
+        (
+            ("engine/tokens_per_s", "engines", {}),
+            ("learner/tokens_per_s", "learner, while it trains", {"colour": 1}),
+        ),
+    ),
+)
+"""The curves of an RL run: title, y axis and its options, and the lines: metric, name, style."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFiles:
     """The files of one run folder, as far as they are there."""
@@ -144,9 +209,9 @@ def _summary(main: RunFiles | None, outcome: QuickstartResults | None) -> str:
 def _result_section(outcome: QuickstartResults) -> str:
     head = "".join(f'<th class="num wrap">{name}</th>' for name in results.TEMPERATURES.values())
     body = ""
-    for row, label in results.ROWS.items():
+    for row, model in results.ROWS.items():
         cells = "".join(f'<td class="num">{results.percent(outcome.cell(row, t))}</td>' for t in results.TEMPERATURES)
-        body += f"<tr{' class=key' if row == 'rl_evicted' else ''}><td>{escape(label)}</td>{cells}</tr>"
+        body += f"<tr{' class=key' if row == 'rl_evicted' else ''}><td>{escape(model.label)}</td>{cells}</tr>"
     return (
         f"<h2>Result</h2><p>{escape(results.caption(outcome))}.</p>"
         f'<div class="scroll"><table><tr><th>model</th>{head}</tr>{body}</table></div>'
@@ -163,79 +228,10 @@ def _figure(title: str, chart: str, note: str = "") -> str:
 def _training_section(run: RunFiles) -> str:
     config = run.config.get("eval") or {}
     how = f"temperature {config['temperature']:g}" if config.get("temperature") is not None else "held out"
-    step = "step"
-    figures = [
-        _figure(
-            "Reward and held-out accuracy",
-            charts.line_chart(
-                [
-                    run.series("reward/mean", "training reward, mean"),
-                    run.series("eval/accuracy", f"evaluation ({how})", colour=1, dots=True),
-                ],
-                x_label=step,
-                y_label="mean score",
-                y_range=(0, 1),
-            ),
-        ),
-        _figure(
-            "Engine against learner",
-            charts.line_chart(
-                [
-                    run.series("mismatch/kl_mean", "mismatch KL, mean over tokens"),
-                    run.series("mismatch/max_abs_logprob_diff", "largest |log-prob difference|", colour=1),
-                ],
-                x_label=step,
-                y_label="mismatch (nats), logarithmic",
-                log=True,
-            ),
-        ),
-        _figure(
-            "Blocks and mementos",
-            charts.line_chart(
-                [
-                    run.series("memento/block_tokens", "block"),
-                    run.series("memento/memento_tokens", "memento", colour=2),
-                ],
-                x_label=step,
-                y_label="mean length (tokens)",
-                y_range=(0, None),
-            ),
-        ),
-        _figure(
-            "Blocks of a trace",
-            charts.line_chart(
-                [run.series("memento/blocks_per_trace", "blocks per trace")],
-                x_label=step,
-                y_label="blocks per trace",
-                y_range=(0, None),
-            ),
-        ),
-        _figure(
-            "KV saved",
-            charts.line_chart(
-                [
-                    run.series("kv/peak_ratio", "peak KV"),
-                    run.series("kv/area_ratio", "KV-AUC", colour=1),
-                ],
-                x_label=step,
-                y_label="without over with eviction (×)",
-                y_range=(1, None),
-            ),
-        ),
-        _figure(
-            "Completion length",
-            charts.line_chart(
-                [
-                    run.series("length/completion_mean", "mean"),
-                    run.series("length/completion_max", "longest", colour=3, faint=True),
-                ],
-                x_label=step,
-                y_label="completion (tokens)",
-                y_range=(0, None),
-            ),
-        ),
-    ]
-    shown = "".join(figures)
+    shown = ""
+    for title, y_label, options, lines in CURVES:
+        series = [run.series(key, name.format(how=how), **style) for key, name, style in lines]
+        shown += _figure(title, charts.line_chart(series, x_label="step", y_label=y_label, **options))
     return f'<h2>RL, step by step</h2><div class="figures">{shown}</div>' if shown else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -17,16 +18,38 @@ if TYPE_CHECKING:
 Row = Literal["stage1_full", "stage1_evicted", "stage2_evicted", "rl_evicted", "control_full"]
 Temperature = Literal["1.0", "0.6", "greedy"]
 
-ROWS: dict[Row, str] = {
-    "stage1_full": "SFT stage 1, full attention",
-    "stage1_evicted": "SFT stage 1, under eviction",
-    "stage2_evicted": "SFT stage 2, under eviction",
-    "rl_evicted": "after RL, under eviction",
-    "control_full": "SFT-only control, full attention",
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a row of the result table is of.
+
+    Attributes:
+        label: for people.
+        folder: below the quickstart's: its ``hf`` is evaluated.
+        evict: how it is decoded.
+    """
+
+    label: str
+    folder: str
+    evict: bool
+
+
+ROWS: dict[Row, Model] = {
+    "stage1_full": Model("SFT stage 1, full attention", "stage1", evict=False),
+    "stage1_evicted": Model("SFT stage 1, under eviction", "stage1", evict=True),
+    "stage2_evicted": Model("SFT stage 2, under eviction", "stage2", evict=True),
+    "rl_evicted": Model("after RL, under eviction", "rl", evict=True),
+    "control_full": Model("SFT-only control, full attention", "control", evict=False),
 }
-"""What each row of the result table is called."""
+"""The rows of the result table."""
 
 TEMPERATURES: dict[Temperature, str] = {"1.0": "temperature 1", "0.6": "temperature 0.6", "greedy": "greedy"}
+"""Its columns, as they are called."""
+
+
+def sampling_temperature(name: Temperature) -> float:
+    """The temperature of a column."""
+    return 0.0 if name == "greedy" else float(name)
 
 
 MISMATCH_KEY = "mismatch/kl_mean"
@@ -72,7 +95,7 @@ class QuickstartResults(Record):
         accuracy: at temperature 1.
         accuracy_by_temperature: row of `ROWS` -> temperature -> accuracy; a row may lack a temperature.
         stderr_by_temperature: standard error over problems of each of them.
-        seconds: ``total`` and one key a phase.
+        seconds: one key a phase, and ``total``: the wall time of all, which is less where phases overlap.
         problems: held-out problems behind each accuracy at temperature 1.
         cool_problems: held-out problems behind each accuracy at temperature 0.6 and greedy.
     """
@@ -107,7 +130,6 @@ class QuickstartResults(Record):
         kl = [value for line in read_metrics(folder / "rl") if (value := line.get(MISMATCH_KEY)) is not None]
         if not kl:
             raise UserError(f"{folder / 'rl' / 'metrics.jsonl'} has no {MISMATCH_KEY}; did the RL run take a step?")
-        seconds = dict(_read(folder / "phases.json", _Seconds).root)
         after_rl = found["rl_evicted"]["1.0"]
         cool = [e.problems for of in found.values() for t, e in of.items() if t != "1.0"]
         return cls(
@@ -119,7 +141,7 @@ class QuickstartResults(Record):
             },
             kv=after_rl.kv,
             mismatch_kl=MismatchKL(mean=sum(kl) / len(kl), max=max(kl)),
-            seconds={"total": round(sum(seconds.values()), 2)} | seconds,
+            seconds=dict(_read(folder / "phases.json", _Seconds).root),
             problems=after_rl.problems,
             cool_problems=min(cool) if cool else None,
             seed=seed,
@@ -197,9 +219,9 @@ def result_table(results: QuickstartResults) -> Group:
     accuracy.add_column("model")
     for name in TEMPERATURES.values():
         accuracy.add_column(name, justify="right")
-    for row, label in ROWS.items():
+    for row, model in ROWS.items():
         cells = [percent(results.cell(row, temperature)) for temperature in TEMPERATURES]
-        accuracy.add_row(label, *cells, style="bold" if row == "rl_evicted" else "")
+        accuracy.add_row(model.label, *cells, style="bold" if row == "rl_evicted" else "")
     cost = Table(show_header=False)
     cost.add_column("measure")
     cost.add_column("value", justify="right")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,30 +70,39 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one; none at all for ``tracking.mode: disabled``."""
+    """Several trackers as one; none at all for ``tracking.mode: disabled``.
+
+    A tracker that fails ends no run: its service may die (`ray job stop` sends SIGTERM to W&B's process too), its server
+    or its disk be gone, and ``metrics.jsonl`` has everything. It is left out from then on, and said once.
+    """
 
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
-        self._trackers = tuple(trackers)
+        self._trackers = list(trackers)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
+        self._tell(lambda tracker: tracker.log(step, metrics))
 
     def groups(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        for tracker in self._trackers:
-            tracker.groups(step, groups)
+        self._tell(lambda tracker: tracker.groups(step, groups))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        for tracker in self._trackers:
-            tracker.checkpoint(step, folder)
+        self._tell(lambda tracker: tracker.checkpoint(step, folder))
 
     def alert(self, title: str, text: str) -> None:
-        for tracker in self._trackers:
-            tracker.alert(title, text)
+        self._tell(lambda tracker: tracker.alert(title, text))
 
     def finish(self, exit_code: int) -> None:
-        for tracker in self._trackers:
-            tracker.finish(exit_code)
+        self._tell(lambda tracker: tracker.finish(exit_code))
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__.removesuffix("Tracker")
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                print(f"{name} no longer follows this run: {reason}. metrics.jsonl goes on.", file=sys.stderr)
 
 
 class WandbTracker:

@@ -401,8 +401,8 @@ def _quickstart_results(results: QuickstartResults) -> str:
 
     head = "| model | " + " | ".join(TEMPERATURES.values()) + " |"
     lines = [f"{caption(results)}:", "", head, "|---" * (len(TEMPERATURES) + 1) + "|"]
-    for row, label in ROWS.items():
-        lines.append(f"| {label} | " + " | ".join(percent(results.cell(row, t)) for t in TEMPERATURES) + " |")
+    for row, model in ROWS.items():
+        lines.append(f"| {model.label} | " + " | ".join(percent(results.cell(row, t)) for t in TEMPERATURES) + " |")
     return "\n".join(lines)
 
 

@@ -140,3 +140,20 @@ def test_the_cluster_files_are_well_formed() -> None:
     assert subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=False).returncode == 0
     refused = subprocess.run(["bash", str(folder / "slurm.sh")], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "usage: sbatch" in refused.stderr
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda"])
+def test_dockerfiles_copy_what_is_there_and_install_their_profile(profile: str) -> None:
+    text = (ROOT / "docker" / f"{profile}.Dockerfile").read_text(encoding="utf-8")
+    steps = [line for line in re.sub(r"\\\n\s*", "", text).splitlines() if line and not line.startswith("#")]
+    words = {step.split()[0] for step in steps}
+    assert words <= {"FROM", "ARG", "RUN", "ENV", "WORKDIR", "COPY", "CMD"} and steps[-1].startswith("CMD")
+    for step in steps:
+        if step.startswith("COPY"):
+            assert all((ROOT / source).exists() for source in step.split()[1:-1]), step
+        if "install.sh" in step and step.startswith("RUN"):
+            assert f"MEMENTO_PROFILE={profile}" in step
+    image = next(step for step in steps if step.startswith(("ARG BASE=", "FROM python")))
+    assert re.search(r"[:=][\w./-]+:\d|python:\d", image), "the base has a version"
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs"} <= set(ignored) and "memento" not in ignored

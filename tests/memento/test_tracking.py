@@ -15,7 +15,16 @@ import pytest
 
 from memento.config import RlConfig, TrackingConfig
 from memento.errors import UserError
-from memento.tracking import COLUMNS, TABLE, TRACE, check_tracking, package_files, table_rows
+from memento.tracking import (
+    COLUMNS,
+    TABLE,
+    TRACE,
+    TensorBoardTracker,
+    Trackers,
+    check_tracking,
+    package_files,
+    table_rows,
+)
 from memento.trajectory import ScoredGroup, append_jsonl
 
 SCRIPT = textwrap.dedent(
@@ -114,6 +123,26 @@ def test_event_files_hold_the_same_numbers(tracked: Path) -> None:
     scalars = [(event.step, event.value) for event in events.Scalars("reward/mean")]
     assert scalars == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert any("text_summary" in tag for tag in events.Tags()["tensors"])
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: Any) -> None:
+                self.calls += 1
+                raise ConnectionResetError("Connection lost")
+
+            return fail
+
+    broken, whole = Broken(), TensorBoardTracker(TrackingConfig(), tmp_path)
+    both = Trackers([broken, whole])
+    both.log(1, {"reward/mean": 0.5})
+    both.checkpoint(1, tmp_path)
+    both.finish(0)
+    assert broken.calls == 1 and list((tmp_path / "tensorboard").iterdir())
+    assert capsys.readouterr().err == "Broken no longer follows this run: Connection lost. metrics.jsonl goes on.\n"
 
 
 def test_rows_take_one_of_each_group_first(groups: Sequence[ScoredGroup]) -> None:
