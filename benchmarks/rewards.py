@@ -97,6 +97,16 @@ def fresh(n: int) -> bool:
         return out == wanted
 
 
+def cpu_seconds(*sandboxes: Sandbox) -> float:
+    """User and system time so far: of this process, of children that ended, and of zygotes with all their runs."""
+    ours = os.times()
+    ticks = 0
+    for launcher in [pid for sandbox in sandboxes for pid in sandbox.pids]:
+        for pid in (launcher, *map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())):
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+    return sum(ours[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def timed(way: Callable[[int], bool], runs: int, threads: int) -> tuple[float, list[float]]:
     """Seconds of all runs together, and of each one."""
 
@@ -127,12 +137,15 @@ def code(rounds: int, runs: int, threads: int) -> None:
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     latencies: dict[str, list[float]] = {name: [] for name in ways}
+    work: dict[str, float] = dict.fromkeys(ways, 0.0)
     try:
         for way in ways.values():
             timed(way, 2 * threads, threads)  # zygotes start on first use
         for _ in range(rounds):
             for name, way in ways.items():
+                before = cpu_seconds(strong, weak)
                 seconds, each = timed(way, runs, threads)
+                work[name] += cpu_seconds(strong, weak) - before
                 rates[name].append(runs / seconds)
                 latencies[name] += each
     finally:
@@ -140,13 +153,14 @@ def code(rounds: int, runs: int, threads: int) -> None:
         weak.close()
     print(f"{strong.description}; {threads} threads, {os.cpu_count()} cores, {rounds} rounds of {runs} runs in turns")
     print(f"load {os.getloadavg()[0]:.1f}\n")
-    print("| way | runs/s (median of rounds) | best | to fresh, a round | p50 ms | p99 ms |")
-    print("|---|---|---|---|---|---|")
+    print("| way | runs/s (median of rounds) | best | to fresh, a round | p50 ms | p99 ms | CPU ms a run |")
+    print("|---|---|---|---|---|---|---|")
     for name in ways:
         ratio = statistics.median(a / b for a, b in zip(rates[name], rates["fresh"], strict=True))
         low, high = (1000 * percentile(latencies[name], share) for share in (0.5, 0.99))
         median, best = statistics.median(rates[name]), max(rates[name])
-        print(f"| {name} | {median:.0f} | {best:.0f} | {ratio:.2f}x | {low:.1f} | {high:.1f} |")
+        cpu = 1000 * work[name] / (rounds * runs)
+        print(f"| {name} | {median:.0f} | {best:.0f} | {ratio:.2f}x | {low:.1f} | {high:.1f} | {cpu:.1f} |")
 
 
 def main() -> None:

@@ -473,9 +473,8 @@ class _Zygote:
         if control is not None:
             control.close()
         if process is not None:
-            if self._level is Isolation.SUBPROCESS:  # at the end of its socket it kills what it adopted
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)  # at the end of its socket it kills what runs, and goes
             process.kill()
             process.wait()
         if stderr is not None:

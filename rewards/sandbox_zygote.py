@@ -218,6 +218,12 @@ def drop_bounding_set():
             return  # past the last one of this kernel
 
 
+class FilterProgram(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+
 # ------------------------------------------------------------------------------------------------------ serving runs
 
 
@@ -225,7 +231,7 @@ def report(status, message):
     os.write(status, json.dumps(message).encode() + b"\n")
 
 
-def serve(control, level, filter_bytes):
+def serve(control, level, filter_program):
     """The zygote's loop: one message with descriptors in, one message out. Ends with the caller."""
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1 << 16, 8)
@@ -235,7 +241,7 @@ def serve(control, level, filter_bytes):
         if job.get("stop"):
             continue  # meant for a run that ended by itself in the meantime
         try:
-            outcome = run(job, fds, control, level, filter_bytes)
+            outcome = run(job, fds, control, level, filter_program)
         except OSError as error:
             outcome = {"failed": f"the zygote: {error}"}
         finally:
@@ -244,7 +250,7 @@ def serve(control, level, filter_bytes):
         control.send(json.dumps(outcome).encode())
 
 
-def run(job, fds, control, level, filter_bytes):
+def run(job, fds, control, level, filter_program):
     """One run from fork to the death of its last process."""
     reader, status = os.pipe()
     namespaces = level == "namespaces"
@@ -258,7 +264,7 @@ def run(job, fds, control, level, filter_bytes):
         if supervisor == 0:
             try:
                 supervise(job, status, namespaces)
-                become_program(job, fds, filter_bytes)
+                become_program(job, fds, filter_program)
             except Exception as error:
                 report(status, {"failed": str(error)})
                 os._exit(0)
@@ -362,7 +368,7 @@ def kill_children():
             return
 
 
-def become_program(job, fds, filter_bytes):
+def become_program(job, fds, filter_program):
     """In the program's process: descriptors, limits, and the last rights given up."""
     os.setsid()
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, HIGH_FD) for fd in fds]
@@ -387,14 +393,8 @@ def become_program(job, fds, filter_bytes):
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc.syscall(SYSTEM_CALLS[os.uname().machine][1], header, nothing), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if filter_bytes:
-        code = ctypes.create_string_buffer(filter_bytes, len(filter_bytes))
-
-        class Program(ctypes.Structure):
-            _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
-
-        program = Program(len(filter_bytes) // 8, ctypes.addressof(code))
-        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program))
+    if filter_program:
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_program))
 
 
 # ------------------------------------------------------------------------------------------------------ untrusted code
@@ -757,7 +757,8 @@ def main():
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"ready": True, "python": sys.version.split()[0]}).encode())
-    serve(control, config["level"], bytes.fromhex(config["filter"]))
+    code = bytes.fromhex(config["filter"])
+    serve(control, config["level"], FilterProgram(len(code) // 8, code) if code else None)
 
 
 if __name__ == "__main__":

@@ -51,14 +51,16 @@ def pairs(path: Path) -> list[tuple[Problem, str]]:
 
 
 class Mutant(ast.NodeTransformer):
-    """The n-th return statement returns, or the n-th print prints, something else."""
+    """The n-th return statement returns `not` what it did, which equals it in no case; the n-th print prints a word."""
 
     def __init__(self, wanted: int) -> None:
         self.left = wanted
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         self.left -= 1
-        return ast.parse("return ('mutant',)").body[0] if self.left == -1 else node
+        if self.left == -1:
+            node.value = ast.UnaryOp(ast.Not(), node.value or ast.Constant(None))
+        return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         printing = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "print"
