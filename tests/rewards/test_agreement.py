@@ -171,7 +171,7 @@ def agreement() -> ModuleType:
 def test_cases_are_read_from_somebody_elses_tests(agreement: ModuleType, tmp_path: Path, scorer: Scorer) -> None:
     (tmp_path / "test_theirs.py").write_text(
         "import pytest\n"
-        "@pytest.mark.parametrize('gold,pred,expected', [('$1/2$', 'It is $0.5$', 1), ('3', '4', 0), (f'{1}', '', 1)])\n"
+        "@pytest.mark.parametrize('gold,pred,expected', [('$1/2$', 'is $0.5$', 1), ('3', '4', 0), (f'{1}', '', 1)])\n"
         "def test_a(gold, pred, expected): ...\n"
         "@pytest.mark.parametrize('gold,pred,expected,precision', [('1', '2', 1, 3)])\n"
         "def test_b(gold, pred, expected, precision): ...\n"

@@ -1,6 +1,10 @@
 """The Ray actor around the workers."""
 
+import asyncio
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +71,75 @@ def test_results_cross_processes():
     result = score(HALF, r"\boxed{0.5}")
     assert pickle.loads(pickle.dumps(result)) == result
     assert type(result).model_validate_json(result.model_dump_json()) == result
+
+
+CUSTOM = """
+import os, signal, time
+
+def slow(problem, completion):
+    time.sleep(0.2)
+    return 1.0
+
+def dies(problem, completion):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_pool_rewards.py").write_text(CUSTOM)
+    monkeypatch.chdir(tmp_path)
+
+
+def config(name: str, **keys: object) -> RewardsConfig:
+    term = {"kind": "custom", "function": f"my_pool_rewards:{name}"}
+    return RewardsConfig.model_validate({"terms": [term], "workers": 1, **keys})
+
+
+def test_a_full_pool_makes_its_callers_wait(here: None):
+    """Two actors that hold one group each: the third group waits, nothing is refused, all are counted."""
+    pool = RewardPool(config("slow", actors=2, pending_groups=1))
+    try:
+        pool.check([HALF])
+        pool.metrics()
+        began = time.monotonic()
+        with ThreadPoolExecutor(6) as threads:
+            groups = [threads.submit(pool.score, HALF, ["a", "b"]) for _ in range(6)]
+            time.sleep(0.3)
+            busy = pool.metrics()
+            results = [group.result() for group in groups]
+        assert time.monotonic() - began > 0.2 * 2 * 6 / 2, "two at a time, each 0.4 s"
+        assert (busy["verifier/pending"], busy["verifier/waiting"]) == (2.0, 4.0)
+        assert [[r.score for r in group] for group in results] == [[1.0, 1.0]] * 6
+        after = pool.metrics()
+        assert busy["verifier/correct"] + after["verifier/correct"] == 12
+        assert after["verifier/p50_s"] > 0.19 and after["verifier/samples_per_s"] > 0
+        assert (after["verifier/pending"], after["verifier/waiting"], after["verifier/restarts"]) == (0.0, 0.0, 0.0)
+        assert asyncio.run(pool.score_async(HALF, ["c"]))[0].score == 1.0
+        assert pool.metrics()["verifier/correct"] == 1
+    finally:
+        pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.score(HALF, ["d"])
+
+
+def test_workers_that_die_are_counted_and_score_nothing(here: None):
+    pool = RewardPool(config("dies"))
+    try:
+        results = pool.score(HALF, ["x", "y"])
+        assert [(r.score, r.outcome) for r in results] == [(None, Outcome.VERIFIER_ERROR)] * 2
+        metrics = pool.metrics()
+        assert (metrics["verifier/verifier_error"], metrics["verifier/retries"], metrics["verifier/restarts"]) == (
+            2,
+            2,
+            4,
+        )
+        assert pool.counts()["verifier_error"] == 2
+    finally:
+        pool.close()
+    with pytest.raises(UserError, match="my_pool_rewards:nothing"):
+        broken = RewardPool(config("nothing"))
+        try:
+            broken.check()
+        finally:
+            broken.close()

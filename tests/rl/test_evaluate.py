@@ -7,17 +7,22 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memento.config import FormatConfig, RewardsConfig
 from memento.errors import UserError
 from memento.format import MementoFormat, evictions
 from memento.problems import Problem, ProblemKind
 from memento.rewards.format_terms import TraceShape
 from memento.rl.evaluate import (
     EvalResult,
+    EvalSettings,
+    GroupFile,
+    WrongWeights,
     avg_at_k,
     block_stats,
     evaluate,
@@ -25,9 +30,11 @@ from memento.rl.evaluate import (
     maj_at_k,
     mean_over_problems,
     pass_at_k,
+    problems_digest,
     reported_ks,
     result_table,
     summarise,
+    weights_digest,
 )
 from memento.trajectory import (
     Eviction,
@@ -292,3 +299,136 @@ def test_an_engine_error_ends_the_evaluation() -> None:
 def test_no_problems_is_bad_input() -> None:
     with pytest.raises(UserError, match="no problems"):
         evaluate(RecordedPool(), ExactMatch(), [], SAMPLING, fmt=FMT, samples=1, seed=0)
+
+
+# ------------------------------------------------------------------ pinned, and resumed
+
+
+def test_samples_of_other_weights_are_refused() -> None:
+    assert run(weight_version=3)[0].weight_versions == (3,)
+    with pytest.raises(WrongWeights, match=r"weights \[3\], not 4"):
+        run(weight_version=4)
+
+
+def test_what_was_evaluated_before_is_not_generated_again() -> None:
+    whole, groups = run()
+    pool = RecordedPool()
+    problems = [problem(f"p{i}") for i in range(20)]
+    done = {group.problem.id: group for group in groups[:15]}
+    seen: list[str] = []
+    result, again = evaluate(
+        pool,
+        ExactMatch(),
+        problems,
+        SAMPLING,
+        fmt=FMT,
+        samples=4,
+        seed=7,
+        group_prefix="eval/0",
+        done=done,
+        progress=lambda group: seen.append(group.problem.id),
+    )
+    assert sorted(r.problem.id for r in pool.requests) == sorted(seen) == sorted(f"p{i}" for i in range(15, 20))
+    assert again == groups
+    assert result.model_copy(update={"seconds": 0.0}) == whole.model_copy(update={"seconds": 0.0})
+
+
+def test_what_is_finished_is_kept_when_an_engine_dies() -> None:
+    kept: list[str] = []
+    with pytest.raises(RuntimeError, match="engine 0 died"):
+        evaluate(
+            RecordedPool(fails_on="p3"),
+            ExactMatch(),
+            [problem(f"p{i}") for i in range(50)],
+            SAMPLING,
+            fmt=FMT,
+            samples=1,
+            seed=0,
+            concurrency=1,
+            progress=lambda group: kept.append(group.problem.id),
+        )
+    assert {"p0", "p1", "p2"} <= set(kept) and "p3" not in kept
+
+
+def settings(**changes: object) -> EvalSettings:
+    values: dict[str, object] = {
+        "model": "m",
+        "weights": "",
+        "problems": problems_digest([problem("a")]),
+        "samples": 4,
+        "sampling": SAMPLING,
+        "seed": 7,
+        "evict": True,
+        "restart": False,
+        "format": FormatConfig(),
+        "rewards": RewardsConfig(),
+    }
+    return EvalSettings.model_validate(values | changes)
+
+
+def test_groups_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    _, groups = run()
+    file = GroupFile(tmp_path / "deep" / "groups.jsonl", settings())
+    assert file.read() == {}
+    for one in groups[:3]:
+        file.append(one)
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole + groups[3].model_dump_json().encode()[:200])
+    again = GroupFile(file.path, settings())
+    assert list(again.read().values()) == groups[:3]
+    assert file.path.read_bytes() == whole, "half a line is dropped"
+    again.append(groups[3])
+    assert list(again.read()) == ["p0", "p1", "p2", "p3"]
+    again.remove()
+    assert list(file.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"weights": "0123"},
+        {"samples": 8},
+        {"evict": False},
+        {"sampling": SamplingParams(temperature=0.5, max_tokens=64)},
+        {"problems": problems_digest([problem("b")])},
+        {"format": FormatConfig(keep_last_n=1)},
+        {"rewards": RewardsConfig(timeout_s=1)},
+    ],
+)
+def test_another_evaluation_is_refused_by_name(change: dict[str, object], tmp_path: Path) -> None:
+    file = GroupFile(tmp_path / "groups.jsonl", settings())
+    file.append(run()[1][0])
+    before = file.path.read_bytes()
+    with pytest.raises(UserError, match=f"{next(iter(change))} differ"):
+        GroupFile(file.path, settings(**change)).read()
+    assert file.path.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("mine\n")
+    with pytest.raises(UserError, match="not overwritten"):
+        GroupFile(path, settings()).read()
+    assert path.read_text() == "mine\n"
+
+
+def test_the_digest_of_weights_changes_with_them(tmp_path: Path) -> None:
+    assert weights_digest("some/hub-id") == weights_digest(tmp_path) == ""
+    (tmp_path / "model.safetensors").write_bytes(bytes(300_000))
+    first = weights_digest(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(299_999) + b"\x01")
+    assert len(first) == 16 and weights_digest(tmp_path) not in ("", first)
+
+
+def test_parts_and_wrong_answers_however_spelled() -> None:
+    rewards = (
+        RewardResult(score=1.1, outcome=Outcome.CORRECT, extracted="2", parts={"math": 1.0, "well_formed": 1.0}),
+        RewardResult(score=0.0, outcome=Outcome.WRONG, extracted=r"\dfrac{1}{2}", parts={"math": 0.0}),
+        RewardResult(score=0.0, outcome=Outcome.WRONG, extracted=r"\frac{1}{2} ", parts={"math": 0.0}),
+    )
+    scored = ScoredGroup(problem=problem("a"), trajectories=(trajectory(TRACE),) * 3, rewards=rewards)
+    result = summarise([scored], FMT, samples=3, sampling=SAMPLING, seed=0)
+    assert result.parts == {"math": pytest.approx(1 / 3), "well_formed": 1.0}
+    assert result.maj_at_k.mean == 0.0, "two spellings of one wrong answer outvote the right one"
+    assert result.metrics()["eval/part/math"] == pytest.approx(1 / 3)
