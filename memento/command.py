@@ -7,6 +7,7 @@ phases as processes.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -48,6 +49,16 @@ def run_config(
         return 1
     except RunStopped as stopped:
         return int(stopped.code or 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"failed: the disk is full{where}. Make room, or save less (save_rollouts=sample, checkpoint.keep=1), and "
+            "go on with --resume.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -172,8 +172,9 @@ def learner_memory(config: RlConfig, model: Architecture) -> LearnerMemory:
     weights = b * P / (N if stage == 3 else 1)
     gradients = 4 * trained / (N if stage >= 2 else 1) + (b * trained if stage < 2 and b == 2 else 0)
     optimizer = (12 if b == 2 else 8) * trained / (N if stage >= 1 else 1)
-    # An adapter that is switched off is the reference: no second model.
-    reference = b * P if config.algorithm.kl_coef > 0 and learner.lora is None else 0
+    # An adapter that is switched off is the reference, unless another one is named: no second model.
+    second = config.algorithm.kl_coef > 0 and (learner.lora is None or config.reference is not None)
+    reference = b * P if second else 0
     host = 0.0
     if learner.offload_optimizer:
         host, optimizer = host + optimizer, 0.0

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
+import memento
 from memento.errors import UserError
-from memento.problems import Record
+from memento.problems import Record, explain
 from memento.trajectory import RolloutRequest
 
 if TYPE_CHECKING:
@@ -122,10 +123,17 @@ def load_state(checkpoint: Path | str) -> RunState:
     fault = _fault(checkpoint)
     if fault is not None:
         raise UserError(f"the checkpoint {checkpoint} is torn: {fault}. Resume from an older one.")
+    text = (checkpoint / _STATE).read_text(encoding="utf-8")
     try:
-        return RunState.model_validate_json((checkpoint / _STATE).read_text(encoding="utf-8"))
+        return RunState.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{checkpoint / _STATE} is not a run state: {error}") from error
+        unknown = [str(e["loc"][0]) for e in error.errors() if e["type"] == "extra_forbidden" and e["loc"]]
+        if unknown:
+            raise UserError(
+                f"{checkpoint} was written by a newer version: this one, memento-rl {memento.__version__}, does not "
+                f"know its {', '.join(unknown)}. Install the newer one, or go on from an older checkpoint."
+            ) from error
+        raise UserError(f"{checkpoint / _STATE} is not a run state: {explain(error)}.") from error
 
 
 @contextmanager

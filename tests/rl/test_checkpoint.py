@@ -43,6 +43,15 @@ def test_what_is_saved_comes_back(tmp_path):
     assert (folder / "learner" / "weights.pt").stat().st_size == 100
 
 
+def test_a_checkpoint_of_a_newer_version_is_named(tmp_path):
+    class Newer(RunState):
+        curriculum: str = "hard"
+
+    folder = save_checkpoint(tmp_path, Newer(step=1), Files(), keep=2)
+    with pytest.raises(UserError, match=r"newer version.*does not know its curriculum\. Install the newer one"):
+        load_state(folder)
+
+
 def test_only_the_newest_stay(tmp_path):
     for step in (1, 2, 10, 100):
         save_checkpoint(tmp_path, RunState(step=step), Files(), keep=2)
