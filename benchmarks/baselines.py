@@ -167,16 +167,23 @@ def probe(folder: Path, traces: int, seed: int) -> dict[str, Any]:
             features[place].append(torch.cat([span.mean(0), span[-1]]).numpy())
         digits.append(digit)
     labels = np.array(digits)
-    half = 4 * len(labels) // 5
-    found = {}
-    for place, rows in features.items():
-        x = np.stack(rows).astype(np.float64)
-        x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
-        x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
-        best = ridge(x[:half], np.eye(DIGITS)[labels[:half]])
-        found[place] = float(((x[half:] @ best).argmax(1) == labels[half:]).mean())
-    tested = len(labels) - half
+    found = {place: cross_validated(np.stack(rows).astype(np.float64), labels) for place, rows in features.items()}
+    tested = len(labels)
     return {"accuracy": found, "tested": tested, "stderr": math.sqrt(0.1 * 0.9 / tested), "chance": 1 / DIGITS}
+
+
+def cross_validated(x: Any, labels: Any, folds: int = 5) -> float:
+    """How often a linear probe, fitted to the other folds, names the right label."""
+    import numpy as np
+
+    right = 0
+    for fold in range(folds):
+        test = np.arange(len(x)) % folds == fold
+        scaled = (x - x[~test].mean(0)) / (x[~test].std(0) + 1e-6)
+        scaled = np.concatenate([scaled, np.ones((len(x), 1))], axis=1)
+        weights = ridge(scaled[~test], np.eye(DIGITS)[labels[~test]])
+        right += int(((scaled[test] @ weights).argmax(1) == labels[test]).sum())
+    return right / len(x)
 
 
 def ridge(x: Any, y: Any) -> Any:
@@ -306,7 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for baselines.json and baselines.png")
     parser.add_argument("--problems", type=int, default=400, help="held-out problems")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--traces", type=int, default=3000, help="traces for the probe")
+    parser.add_argument("--traces", type=int, default=2000, help="traces for the probe")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part is not None:

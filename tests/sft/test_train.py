@@ -146,7 +146,7 @@ def test_two_ranks_train_as_one(finished: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_checkpoint_by_rollouts_is_the_result(finished: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     save_problems(make_problems(4, 5, terms=(2, 2)), problems)
