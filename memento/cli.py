@@ -179,6 +179,9 @@ def evaluate(
     problems: Problems,
     samples: Samples = 1,
     evict: Evict = True,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Ablation: kept tokens are computed again without the evicted block.")
+    ] = False,
     limit: Limit = None,
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
@@ -201,6 +204,8 @@ def evaluate(
     from memento.trajectory import SamplingParams
 
     _refuse_existing(out)
+    if restart and not evict:
+        raise UserError("--restart changes what an eviction does, and --no-evict leaves none: choose one of the two.")
     tasks = _load(problems, limit, settings)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
@@ -211,7 +216,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         evict=evict,
-        rollout=engine.rollout,
+        rollout=engine.rollout.model_copy(update={"restart": True}) if restart else engine.rollout,
         fmt=engine.format,
         rewards=engine.rewards,
         trajectories=trajectories,

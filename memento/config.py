@@ -138,6 +138,9 @@ class RolloutConfig(Section):
     """Number of engines, each a Ray actor."""
     evict: bool = True
     """Evict finished blocks. false runs the same requests with full attention."""
+    restart: bool = False
+    """An ablation, for evaluation only: after an eviction what is kept is computed again, so that mementos no longer
+    hold what they saw of their block."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     cpus: float = Field(default=1.0, ge=0)

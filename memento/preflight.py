@@ -297,6 +297,11 @@ def check_run(config: RlConfig) -> MementoFormat:
     Raises:
         UserError: the first thing that is wrong; `memento.format.FormatError` for a tokenizer without the delimiters.
     """
+    if config.rollout.restart:
+        raise UserError(
+            "rollout.restart is an ablation for `memento evaluate --restart`: the learner's attention is that of "
+            "mementos which keep their KV, so a run cannot train on it."
+        )
     folder = check_model(config.model)
     check_vllm_version()
     fmt = config.format.bind(load_tokenizer(config.model))

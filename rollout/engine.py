@@ -389,7 +389,7 @@ def engine_arguments(config: RolloutConfig, model: str, fmt: MementoFormat) -> d
         "worker_extension_cls": "memento.rollout.weight_transfer.WorkerExtension",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        **eviction_args(fmt),
+        **eviction_args(fmt, restart=config.restart),
     }
     pool_mib = config.kv_cache_mib
     if pool_mib is None and config.device != "cuda":
