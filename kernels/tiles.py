@@ -129,12 +129,13 @@ class TileList(NamedTuple):
     """For n tiles of one kind the tiles of the other kind that concern them, in compressed rows.
 
     Attributes:
-        offsets: int32 [2 * B * n + 1]. Of tile i the full ones are ``tiles[offsets[2 * i] : offsets[2 * i + 1]]``, the
-            partial ones ``tiles[offsets[2 * i + 1] : offsets[2 * i + 2]]``.
+        bounds: int32 [B * n, 2, 2]. Of tile i the full ones are ``tiles[low:high]`` with ``low, high = bounds[i, 0]``,
+            the partial ones with ``bounds[i, 1]``. Every low is the high before it, but a kernel must not know: where
+            its two loops share a bound, ptxas (CUDA 13, sm_90a) serializes the tensor cores' asynchronous products.
         tiles: int32, ascending within each of the two.
     """
 
-    offsets: torch.Tensor
+    bounds: torch.Tensor
     tiles: torch.Tensor
 
     @classmethod
@@ -142,7 +143,8 @@ class TileList(NamedTuple):
         """From bool [B, n, m] each."""
         wanted = torch.stack([full, partial], dim=2)  # [B, n, 2, m]
         counts = wanted.sum(-1, dtype=torch.int32).flatten()
-        return cls(pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), wanted.nonzero()[:, 3].int())
+        highs = counts.cumsum(0, dtype=torch.int32)
+        return cls(torch.stack([highs - counts, highs], -1).view(-1, 2, 2), wanted.nonzero()[:, 3].int())
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,7 +180,7 @@ def _program(heads, QUERIES_FIRST: tl.constexpr):
         tile = tl.num_programs(0) - 1 - tile  # late queries see most and start first
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    return tile, row, head, 2 * (row * tl.num_programs(0) + tile)
+    return tile, row, head, 4 * (row * tl.num_programs(0) + tile)
 
 
 @triton.jit
@@ -241,7 +241,7 @@ def _attend_tiles(
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, offsets, tiles, position, until, lowest, document,
+    q, k, v, out, lse, bounds, tiles, position, until, lowest, document,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, o_row, o_head, o_token,
     scale_log2, tokens, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -258,7 +258,7 @@ def _forward(
     total_M = tl.zeros([QUERIES], tl.float32)
     top_M = tl.full([QUERIES], float("-inf"), tl.float32)
     for MASKED in tl.static_range(2):
-        low, high = tl.load(offsets + listed + MASKED), tl.load(offsets + listed + MASKED + 1)
+        low, high = tl.load(bounds + listed + 2 * MASKED), tl.load(bounds + listed + 2 * MASKED + 1)
         acc_MD, total_M, top_M = _attend_tiles(
             acc_MD, total_M, top_M, q_MD, k, v, tiles, low, high, query, position + row * tokens, until + row * tokens,
             lowest + row * tokens, document + row * tokens, k_token, v_token, scale_log2, tokens,
@@ -293,7 +293,7 @@ def _query_gradient(
 
 @triton.jit
 def _backward_queries(
-    q, k, v, grad, lse, delta, dq, offsets, tiles, position, until, lowest, document,
+    q, k, v, grad, lse, delta, dq, bounds, tiles, position, until, lowest, document,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     dq_row, dq_head, dq_token, scale, scale_log2, tokens, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -312,7 +312,7 @@ def _backward_queries(
 
     dq_MD = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
-        low, high = tl.load(offsets + listed + MASKED), tl.load(offsets + listed + MASKED + 1)
+        low, high = tl.load(bounds + listed + 2 * MASKED), tl.load(bounds + listed + 2 * MASKED + 1)
         dq_MD = _query_gradient(
             dq_MD, q_MD, grad_MD, lse_M, delta_M, k, v, tiles, low, high, query, position + row * tokens,
             until + row * tokens, lowest + row * tokens, document + row * tokens, k_token, v_token, scale_log2, tokens,
@@ -349,7 +349,7 @@ def _key_gradient(
 
 @triton.jit
 def _backward_keys(
-    q, k, v, grad, lse, delta, dk, dv, offsets, tiles, position, until, lowest, document,
+    q, k, v, grad, lse, delta, dk, dv, bounds, tiles, position, until, lowest, document,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     dk_row, dk_head, dk_token, dv_row, dv_head, dv_token, scale, scale_log2, tokens, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -367,7 +367,7 @@ def _backward_keys(
         head = kv_head * GROUP + member
         at = (row * heads + head) * tokens
         for MASKED in tl.static_range(2):
-            low, high = tl.load(offsets + listed + MASKED), tl.load(offsets + listed + MASKED + 1)
+            low, high = tl.load(bounds + listed + 2 * MASKED), tl.load(bounds + listed + 2 * MASKED + 1)
             dk_ND, dv_ND = _key_gradient(
                 dk_ND, dv_ND, k_ND, v_ND, q + row * q_row + head * q_head, grad + row * g_row + head * g_head,
                 lse + at, delta + at, tiles, low, high, slot, position + row * tokens, until + row * tokens,

@@ -6,12 +6,13 @@ process of their own, and this module reads its findings.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from memento.kernels import Visibility
 from memento.kernels.attention import attend
 from memento.kernels.tiles import TileList, TileLists, Tiling
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 AT = torch.arange(53)
 DRAW = torch.Generator().manual_seed(0)
@@ -161,7 +163,7 @@ def test_lists_hold_every_visible_tile_once_and_call_full_only_what_is(
     def listed(found: TileList, n: int, m: int) -> torch.Tensor:
         """How often each of m tiles is listed for each of n, as full and as partial: [2, B, n, m]."""
         counts = torch.zeros(rows * n * 2, m, dtype=torch.int64)
-        for i, (low, high) in enumerate(itertools.pairwise(found.offsets.tolist())):
+        for i, (low, high) in enumerate(found.bounds.flatten(0, 1).tolist()):
             counts[i, found.tiles[low:high].long()] += 1
         return counts.view(rows, n, 2, m).permute(2, 0, 1, 3)
 
@@ -187,7 +189,7 @@ def test_keys_in_order_make_nearly_every_tile_full() -> None:
     for name, position in (("row", None), ("key", visibility.key_order)):
         lists = TileLists.of(visibility.rule, Tiling(128, 64, 1, 1), position)
         computed = len(lists.of_queries.tiles) * 128 * 64
-        counts = lists.of_queries.offsets.diff().view(-1, 2).sum(0)
+        counts = lists.of_queries.bounds.diff(dim=-1).sum((0, 2))
         waste[name], partial[name] = 1 - visible / computed, float(counts[1] / counts.sum())
     assert partial["key"] < 0.5 * partial["row"]
     assert waste["key"] < 0.15 < waste["row"]
@@ -206,7 +208,6 @@ def test_the_kernels_compile_for_a_gpu_without_one(
     kernel: str, capability: int, width: int, tmp_path, monkeypatch
 ) -> None:
     """bf16: Triton's own assembler makes the binary, and shared memory fits."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -233,7 +234,7 @@ def test_the_kernels_compile_for_a_gpu_without_one(
             return "constexpr"
         if name in ("lse", "delta"):
             return "*fp32"
-        if name in ("offsets", "tiles", "position", "until", "lowest", "document"):
+        if name in ("bounds", "tiles", "position", "until", "lowest", "document"):
             return "*i32"
         if name.startswith("scale"):
             return "fp32"
@@ -250,6 +251,12 @@ def test_the_kernels_compile_for_a_gpu_without_one(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
+    if capability == 90 and (assembler := PTXAS / "ptxas-blackwell").exists():
+        (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+        command = [assembler, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "wgmma.mma_async instructions are serialized" not in said
+        assert int(re.findall(r"(\d+) bytes stack frame", said)[-1]) <= 64
 
 
 @pytest.mark.gpu
