@@ -592,7 +592,7 @@ def evaluate_model(
         sampling=sampling,
         seed=seed,
         evict=evict,
-        restart=_restarts(engine),
+        restart=engine.restart,
         format=config,
         rewards=verifiers,
     )
@@ -628,10 +628,6 @@ def evaluate_model(
     if file is not None and trajectories is None:
         file.remove()
     return result
-
-
-def _restarts(rollout: RolloutConfig) -> bool:
-    return bool(getattr(rollout, "restart", False))
 
 
 class _Nobody:
