@@ -73,6 +73,7 @@ def test_show_prints_the_tree_and_the_plan(capsys: pytest.CaptureFixture[str], t
         (["show", CONFIG, "learner.lrr=1"], "did you mean `learner.lr`"),
         (["evaluate", "m", "--problems", "nowhere.jsonl"], "no problem file at nowhere.jsonl"),
         (["score", "nowhere.jsonl", "--problems", "nowhere.jsonl"], "no problem file"),
+        (["evaluate", "m", "--problems", "p.jsonl", "--restart", "--no-evict"], "choose one of the two"),
         (["view", "nowhere.jsonl"], "nowhere.jsonl"),
         (["export", "nowhere", "--out", "x"], "nowhere is no run folder"),
         (["generate", "m", "--problems", CONFIG, "--out", "x"], "line 1: not JSON"),
