@@ -490,6 +490,7 @@ class _Zygote:
         self._socket = ours
         try:
             self._folder = tempfile.mkdtemp(prefix="memento-sandbox-")
+            os.chmod(self._folder, 0o755)  # a mount point, for whoever the zygote will be; it stays empty
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
             self._process = subprocess.Popen(
                 [self._python, "-I", "-B", "-X", "utf8", str(ZYGOTE), str(theirs.fileno())],

@@ -44,7 +44,14 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
+    1,
+    4,
+    22,
+    24,
+    36,
+    38,
+)
 SECCOMP_MODE_FILTER = 2
 SYSTEM_CALLS = {"x86_64": (56, 126, 155), "aarch64": (220, 91, 41)}
 """clone, capset, pivot_root."""
@@ -124,9 +131,15 @@ def enter_namespaces(root):
     """Unshare everything and become the zygote: returns in pid 1 of the new namespaces, as a user id nobody has.
 
     As root the mounts are made first, with root's rights, because the interpreter may lie in a folder that others
-    cannot enter; then root is given up for good.
+    cannot enter; then root is given up for good. A root that may not mount, as in most containers, gives up first.
     """
     stranger = spare_id()
+    if stranger is not None and libc.unshare(CLONE_NEWNS) < 0:
+        os.setgroups([])
+        os.setresgid(stranger, stranger, stranger)
+        os.setresuid(stranger, stranger, stranger)
+        prctl(PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root, and the maps cannot be written
+        stranger = None
     if stranger is None:
         uid, gid = os.geteuid(), os.getegid()
         check(libc.unshare(ZYGOTE_NAMESPACES), "unshare user, pid, network, ipc and mount namespaces")
@@ -134,7 +147,6 @@ def enter_namespaces(root):
         become_pid_1()
         private_root(root)
     else:
-        check(libc.unshare(CLONE_NEWNS), "unshare the mount namespace")
         private_root(root)
         os.setgroups([])
         unshared_r, unshared_w = os.pipe()
