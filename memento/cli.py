@@ -252,7 +252,7 @@ def generate(
     from memento.rollout.generate import generate_file
     from memento.trajectory import SamplingParams
 
-    tasks = _load(problems, limit, settings)
+    tasks = _load(problems, limit, settings, verify=False)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens)
     engine = _engine_config(settings)
     result = generate_file(
@@ -662,13 +662,14 @@ def _engine_config(settings: Sequence[str] | None) -> RlConfig:
     return changed
 
 
-def _load(source: str, limit: int | None, settings: Sequence[str] | None) -> list[Problem]:
-    """The problems of ``--problems``, every gold checked; what was left out is said on stderr."""
+def _load(source: str, limit: int | None, settings: Sequence[str] | None, *, verify: bool = True) -> list[Problem]:
+    """The problems of ``--problems``, every gold checked if `verify`; what was left out is said on stderr."""
     from memento.rewards.scoring import load_verified
+    from memento.sources import load
 
     config = _engine_config(settings)
     section = config.problems.model_copy(update={"path": source, "count": limit or config.problems.count})
-    loaded = load_verified(section, config.rewards)
+    loaded = load_verified(section, config.rewards) if verify else load(section)
     if len(loaded.problems) != loaded.read:
         typer.echo(f"{source}: {loaded}", err=True)
     return list(loaded.problems)
