@@ -420,6 +420,7 @@ def run_mode(mode, fds):
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
     sys.argv = ["solution.py"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code, stdout, leave = 0, sys.stdout, os._exit
     try:
         {"program": run_program, "call": run_call, "serve": run_solution, "check": run_asserts}[mode](request)
@@ -752,6 +753,7 @@ def main():
     control = socket.socket(fileno=int(sys.argv[1]))
     config = json.loads(control.recv(1 << 20))
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a program may send it to its supervisor
     try:
         if config["level"] == "namespaces":
             enter_namespaces(config["root"])
