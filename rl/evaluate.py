@@ -553,6 +553,19 @@ class GroupFile:
         self._settings_path.unlink(missing_ok=True)
 
 
+def _kv_bytes_per_token(folder: Path, dtype: str) -> int | None:
+    """KV bytes of one resident token in an engine of this dtype; None where the model's config does not say."""
+    from memento.footprint import Architecture
+    from memento.preflight import read_model_config
+
+    model_config = read_model_config(folder)
+    architecture = Architecture.of(model_config)
+    if architecture is None:
+        return None
+    chosen = str(model_config.get("dtype") or "bfloat16") if dtype == "auto" else dtype
+    return architecture.kv_bytes(1, 4 if "32" in chosen else 2)
+
+
 def evaluate_model(
     model: str,
     problems: Sequence[Problem],
@@ -579,7 +592,7 @@ def evaluate_model(
     Raises:
         UserError: no such model, no delimiters in its tokenizer, too few resources, a file of another evaluation.
     """
-    from memento.preflight import check_model, kv_bytes_per_token, load_tokenizer, read_model_config
+    from memento.preflight import check_model, load_tokenizer
 
     folder = check_model(model)
     config, engine, verifiers = fmt or FormatConfig(), rollout or RolloutConfig(), rewards or RewardsConfig()
@@ -617,7 +630,7 @@ def evaluate_model(
         more = {
             "weights": settings.weights,
             "restart": settings.restart,
-            "kv_bytes_per_token": kv_bytes_per_token(read_model_config(folder), engine.dtype) if folder else None,
+            "kv_bytes_per_token": _kv_bytes_per_token(folder, engine.dtype) if folder else None,
         }
         return result.model_copy(update=more)
 
