@@ -57,6 +57,7 @@ class EngineInfo(Record):
         completions, tokens, preemptions, evictions: of finished completions, since the start.
         steps, busy_s: engine steps, and the seconds spent inside them.
         start_s: seconds from the request to start until it was ready.
+        update_s: seconds of each stage of the last weight update.
         failure: why it is unusable, if it is.
     """
 
@@ -71,6 +72,7 @@ class EngineInfo(Record):
     steps: int
     busy_s: float
     start_s: float
+    update_s: dict[str, float]
     failure: str | None
     pid: int
     node: str
@@ -105,6 +107,7 @@ class RolloutEngine:
         self._version: int | None = None
         self._stage = "not started"
         self._start_s = 0.0
+        self._update_s: dict[str, float] = {}
         self._completions = self._tokens = self._preemptions = self._evictions = 0
         self._serial = 0
 
@@ -158,6 +161,7 @@ class RolloutEngine:
             steps=thread.steps if thread else 0,
             busy_s=thread.busy_s if thread else 0.0,
             start_s=self._start_s,
+            update_s=self._update_s,
             failure=repr(thread.failure) if thread and thread.failure else None,
             pid=os.getpid(),
             node=socket.gethostname(),
@@ -230,8 +234,11 @@ class RolloutEngine:
         if self._version == update.version:
             return update.version
 
+        stages: list[tuple[str, float]] = []
+
         def on_stage(stage: str) -> None:
             self._stage = f"update {update.version}: {stage}"
+            stages.append((stage, time.perf_counter()))
 
         try:
             on_stage("verify")  # while the engine goes on sampling
@@ -241,6 +248,8 @@ class RolloutEngine:
             await asyncio.wrap_future(self._thread.load_weights(payload, str(update.version), on_stage))
         finally:
             self._stage = "ready"
+        ends = [began for _, began in stages[1:]] + [time.perf_counter()]
+        self._update_s = {stage: end - began for (stage, began), end in zip(stages, ends, strict=True)}
         self._version = update.version
         return update.version
 

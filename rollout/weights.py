@@ -83,7 +83,8 @@ def write_weights(
     *,
     started: float | None = None,
 ) -> WeightUpdate:
-    """Write a version, and delete all but the version before it.
+    """Write a version; only the one before it stays. Older ones are free by then, and their file is written over:
+    new shared memory costs as much as the copy into it.
 
     An iterable is written as it comes, so that a model gathered in buckets is never in memory as a whole.
 
@@ -98,13 +99,13 @@ def write_weights(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"weights-{version:08d}.safetensors"
     part = target.with_suffix(".part")
+    others = sorted((p for p in folder.glob("weights-*.safetensors") if p != target), key=lambda p: p.stat().st_mtime)
+    for old in others[: 1 - _KEEP]:
+        os.replace(old, part)  # of several all but the last are gone with this
     pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
     _write_safetensors(pairs, part)
     checksum, size = file_checksum(part), part.stat().st_size
     os.replace(part, target)
-    others = sorted((p for p in folder.glob("weights-*.safetensors") if p != target), key=lambda p: p.stat().st_mtime)
-    for old in others[: len(others) - (_KEEP - 1)]:
-        old.unlink()
     return WeightUpdate(
         version=version, path=target, bytes=size, checksum=checksum, seconds=time.perf_counter() - started
     )
@@ -115,7 +116,7 @@ def _write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], path: Path) 
     import torch
 
     header: dict[str, Any] = {}
-    with path.open("w+b", buffering=0) as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
         file.seek(8 + _HEADER_BYTES)
         end = 0
         for name, tensor in tensors:
@@ -137,6 +138,7 @@ def _write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], path: Path) 
                 piece = file.read(min(_PIECE_BYTES, end - start))
                 file.seek(8 + gap + start)
                 file.write(piece)
+        file.truncate(8 + gap + end)
         file.seek(0)
         file.write(len(text.ljust(gap)).to_bytes(8, "little") + text.ljust(gap))
 

@@ -56,19 +56,7 @@ def test_traces_have_the_statistics_they_claim(benchmark: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_a_small_run_writes_table_plot_and_numbers(tmp_path: Path) -> None:
-    small = [
-        "--quick",
-        "--scale",
-        "0.04",
-        "--requests",
-        "8",
-        "--pools",
-        "3",
-        "--overhead-requests",
-        "4",
-        "--slice-s",
-        "0.1",
-    ]
+    small = ["--quick", "--scale", "0.04", "--requests", "8", "--pools", "3", "--slice-s", "0.1", "--no-overhead"]
     done = subprocess.run(
         [sys.executable, str(FILE), *small, "--out", str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -79,6 +67,5 @@ def test_a_small_run_writes_table_plot_and_numbers(tmp_path: Path) -> None:
     assert round_["ours"]["tokens"] == round_["stock"]["tokens"] > 2000
     assert round_["ours"]["evictions"] > 40 and round_["stock"]["evictions"] == 0
     assert round_["ours"]["running"] > round_["stock"]["running"], "the pool was meant to bind"
-    assert [entry["kind"] for entry in result["overhead"]] == ["off", "never"]
     assert (tmp_path / "rollout_throughput.md").read_text() in done.stdout
     assert (tmp_path / "rollout_throughput.png").stat().st_size > 1000

@@ -63,6 +63,16 @@ def test_a_damaged_file_is_never_loaded(tmp_path: Path, damage, message):
             read_weights(update)
 
 
+def test_an_old_file_is_written_over_whatever_its_size(tmp_path: Path):
+    for version, size in enumerate((3000, 2000, 10, 5000, 4000)):
+        tensors = {f"w{i}": torch.randn(size) for i in range(3)}
+        update = write_weights(tensors, tmp_path, version)
+        verify_weights(update)
+        assert update.bytes == update.path.stat().st_size
+        loaded = read_weights(update)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_stream_of_tensors_is_written_as_it_comes_and_any_reader_understands_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
