@@ -25,7 +25,7 @@ run() { # NAME SECONDS COMMAND...: its output in NAME.log, its exit code in NAME
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 
-run tests 240 "$python" -m pytest -o addopts= -o timeout= --import-mode=importlib -p no:cacheprovider -q -m gpu \
+run tests 240 "$python" -m pytest -o addopts= --import-mode=importlib -p no:cacheprovider -q -m gpu \
     tests/kernels/test_triton_attention.py tests/kernels/test_triton_kernels.py tests/kernels/test_flex.py
 model=(--device cuda --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128)
 run attention 180 "$python" benchmarks/attention.py "${model[@]}" --only causal triton flex --rounds 7 \
