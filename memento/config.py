@@ -572,8 +572,8 @@ class SftConfig(Section):
     model: Path | str | None = None
     """Where to start: a Hugging Face folder or hub id. null: the tiny Qwen3 of the quickstart, made from `seed`."""
     data: Path | str | None = None
-    """JSONL or Parquet file, folder or hub data set (`name:subset@split`) in the columns of OpenMementos or OpenThoughts
-    (docs/data.md). null: the generated arithmetic traces of `phases`."""
+    """JSONL or Parquet file, folder or hub data set (`name:subset@split`) in the columns of OpenMementos or
+    OpenThoughts (docs/data.md). null: the generated arithmetic traces of `phases`."""
     max_traces: int | None = Field(default=None, gt=0)
     """Only the first so many rows of `data`. null: all."""
     streaming: bool = False
@@ -583,7 +583,7 @@ class SftConfig(Section):
     strict_blocks: bool = True
     """Drop traces whose thinking has text between blocks. false: keep them; that text stays visible."""
     chat_template: Literal["auto", "chatml", "own"] = "auto"
-    """auto: plain ChatML without a system prompt, but Phi-4 keeps its own template (`memento.chat.install_template`)."""
+    """auto: plain ChatML without a system prompt, but Phi-4 keeps its own (`memento.chat.install_template`)."""
     seed: int = 42
     phases: tuple[SftPhase, ...] = ()
     """Steps and data of each phase. Empty: `epochs` over `data`."""

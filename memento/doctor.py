@@ -326,7 +326,8 @@ def _model(model: str) -> Check:
     try:
         folder = check_model(model)
     except UserError as error:
-        return Check("model", "problem", str(error).removeprefix("model: "), "on a cluster: a folder that every machine sees, at one path")
+        fix = "on a cluster: a folder that every machine sees, at one path"
+        return Check("model", "problem", str(error).removeprefix("model: "), fix)
     if folder is not None:
         return Check("model", "ok", str(folder))
     from huggingface_hub import HfApi, try_to_load_from_cache

@@ -72,8 +72,8 @@ class Tracker(Protocol):
 class Trackers:
     """Several trackers as one; none at all for ``tracking.mode: disabled``.
 
-    A tracker that fails ends no run: its service may die (`ray job stop` sends SIGTERM to W&B's process too), its server
-    or its disk be gone, and ``metrics.jsonl`` has everything. It is left out from then on, and said once.
+    A tracker that fails ends no run: its service may die (`ray job stop` sends SIGTERM to W&B's process too), its
+    server or its disk be gone, and ``metrics.jsonl`` has everything. It is left out from then on, and said once.
     """
 
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:

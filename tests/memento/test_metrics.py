@@ -1,4 +1,4 @@
-"""The table of metrics against what is logged, in both directions; tests/test_quickstart.py does so on finished runs."""
+"""The table of metrics against what is logged, both ways; tests/test_quickstart.py does so on finished runs."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from memento.rl.export import (
     serve_flags,
     write_generation_config,
 )
-from memento.tiny import write_tiny_model
+from memento.tiny import FAMILIES, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -226,29 +226,75 @@ target = folder / CHECKPOINT_FOLDER
 target.mkdir(parents=True)
 rank.save(str(target))
 rank.save_hf(str(run / "expected"))
+# The learner's own log-probabilities of a row in which nothing is evicted.
+ids = torch.arange(9, 57)[None]
+position = torch.arange(ids.shape[1])[None]
+never = torch.full_like(ids, 2**62)
+with torch.no_grad():
+    logprobs, _ = rank.engine(
+        input_ids=ids, position_ids=position, visible_until=never, document=torch.zeros_like(ids)
+    )
+torch.save({"ids": ids, "logprobs": logprobs}, run / "logprobs.pt")
 """
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Path, dict[str, Any]], Path]:
+    """A run folder with a checkpoint that a real learner rank wrote, and what it exported and computed itself."""
+
+    def make(model: Path, learner: dict[str, Any]) -> Path:
+        run = tmp_path / "run"
+        make_run(run, model, hf=False, learner=learner)
+
+        class Saver:
+            def save(self, folder: str | Path) -> None:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", 0))
+                    port = str(probe.getsockname()[1])
+                command = [sys.executable, "-c", RANK, str(run), str(folder), port]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+                assert done.returncode == 0, done.stderr
+
+        save_checkpoint(run, RunState(step=10), Saver(), keep=1)
+        return run
+
+    return make
 
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "bfloat16"), (3, "float32")])
 def test_a_deepspeed_checkpoint_is_exported_without_its_run(
-    model: Path, tmp_path: Path, zero_stage: int, dtype: str
+    model: Path, tmp_path: Path, saved: Callable[..., Path], zero_stage: int, dtype: str
 ) -> None:
-    run = tmp_path / "run"
-    make_run(run, model, hf=False, learner={"zero_stage": zero_stage, "dtype": dtype})
-
-    class Saver:
-        def save(self, folder: str | Path) -> None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
-            command = [sys.executable, "-c", RANK, str(run), str(folder), port]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr
-
-    save_checkpoint(run, RunState(step=10), Saver(), keep=1)
+    run = saved(model, {"zero_stage": zero_stage, "dtype": dtype})
     out = export_run(run, tmp_path / "out")
     exported, expected = load_file(out / "model.safetensors"), load_file(run / "expected" / "model.safetensors")
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
     assert {tensor.dtype for tensor in exported.values()} == {getattr(torch, dtype)}
     assert "10 RL steps" in (out / CARD).read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "zero_stage"), zip(FAMILIES, (0, 1, 2, 3), strict=True))
+def test_each_familys_export_computes_what_the_learner_does(
+    tmp_path: Path, saved: Callable[..., Path], family: str, zero_stage: int
+) -> None:
+    """Through stock transformers, fp32; one family for each ZeRO stage."""
+    from transformers import AutoModelForCausalLM
+
+    twin = write_tiny_model(tmp_path / "twin", seed=1, family=family)
+    run = saved(twin, {"zero_stage": zero_stage, "dtype": "float32"})
+    exported: Any = AutoModelForCausalLM.from_pretrained(export_run(run, tmp_path / "out"), dtype=torch.float32)
+    learner = torch.load(run / "logprobs.pt")
+    ids = learner["ids"]
+    with torch.no_grad():
+        logprobs = exported(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    assert torch.allclose(logprobs, learner["logprobs"][1:], atol=1e-6, rtol=0), (
+        (logprobs - learner["logprobs"][1:]).abs().max()
+    )
+    torch.testing.assert_close(load_all(tmp_path / "out"), load_all(twin), rtol=0, atol=0)
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
