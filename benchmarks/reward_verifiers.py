@@ -131,9 +131,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--group", type=int, default=8, help="samples of a problem in `groups`")
-    parser.add_argument("--limit", type=int, default=None, help="golds, at most")
+    parser.add_argument("--limit", type=int, default=None, help="about so many golds, of every kind")
     options = parser.parse_args()
-    triples = [json.loads(line) for line in TRIPLES.read_text(encoding="utf-8").splitlines()][: options.limit]
+    triples = [json.loads(line) for line in TRIPLES.read_text(encoding="utf-8").splitlines()]
+    triples = triples[:: max(1, len(triples) // (options.limit or len(triples)))]  # of every kind
     jobs, groups = jobs_of(triples, 2), jobs_of(triples, options.group)
     hard = [job for job in jobs if needs_sympy(job)]
     print(f"{len(triples)} golds, {len(jobs)} answers, {len(hard)} of them need SymPy; {os.cpu_count()} cores")
