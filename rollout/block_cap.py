@@ -35,7 +35,8 @@ class BlockCap(V1Processor, V2Processor):  # pyright: ignore[reportIncompatibleM
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any) -> BlockCap:
         # (device, is_pin_memory) in the V1 API, (req_states,) in the V2 API.
-        return super().__new__(HostBlockCap if len(args) == 2 else DeviceBlockCap)
+        kind: type[BlockCap] = HostBlockCap if len(args) == 2 else DeviceBlockCap
+        return object.__new__(kind)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
         self._fmt = EvictionOptions.of(vllm_config).fmt

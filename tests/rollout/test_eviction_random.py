@@ -198,7 +198,7 @@ def check_finished(reference: Any, case: Case, output: Any, limits: Limits, page
     return check_output(reference, case, output, limits=limits)
 
 
-_common = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+_common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=50, derandomize=True, **_common)
