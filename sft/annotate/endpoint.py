@@ -123,6 +123,7 @@ class Endpoint:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._random = Random(seed)
         self._used: set[str] = set()
+        self._asked: dict[str, asyncio.Lock] = {}
 
     async def close(self) -> None:
         """Close the connections."""
@@ -168,8 +169,10 @@ class Endpoint:
         key = request_key(request)
         answer = self.journal.answers.get(key)
         if answer is None:
-            async with self._slots:
+            # Two traces may ask the same at the same time: the second waits for the answer to the first.
+            async with self._asked.setdefault(key, asyncio.Lock()), self._slots:
                 answer = self.journal.answers.get(key) or await self._receive(key, request)
+            self._asked.pop(key, None)
         elif key not in self._used:
             self.usage.remembered += 1
         if key not in self._used:  # the same words may be asked about twice; they are paid for once

@@ -303,6 +303,15 @@ def test_a_second_run_asks_nothing_and_new_traces_only_their_own(polite: StubEnd
         run(polite.url, rows, tmp_path, AnnotationSettings(min_block_tokens=50))
 
 
+def test_what_two_traces_ask_alike_is_asked_once(polite: StubEndpoint, tmp_path: Path) -> None:
+    same = trace(1, 4).response
+    rows = [Row("The same problem?", same + f", or {i}") for i in range(6)]
+    outcome = run(polite.url, rows, tmp_path)
+    assert outcome.done == 6
+    assert set(polite.requests.values()) == {1}
+    assert outcome.usage.prompt_tokens == 100 * len(polite.requests), "and paid for once"
+
+
 def test_a_broken_last_line_is_cut_off(polite: StubEndpoint, tmp_path: Path) -> None:
     rows = [trace(i, 4) for i in range(3)]
     run(polite.url, rows, tmp_path)
