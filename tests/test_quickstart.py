@@ -155,18 +155,19 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(quickstart
     assert any(TABLE in line and TRACE in line for line in lines)
 
 
+@pytest.mark.long  # starts two engines
 def test_commands_on_a_finished_model(quickstart: Path, tmp_path: Path) -> None:
     model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
     engine = ["--limit", "4", "--max-tokens", "400"]
     for setting in ("max_model_len=512", "block_size=32", "kv_cache_mib=64", "dtype=float32", "device=cpu"):
         engine += ["--set", f"rollout.{setting}"]
     evaluated = [str(model), "--problems", str(problems), "--samples", "2", "--out", str(tmp_path / "result.json")]
-    done = run([*MEMENTO, "evaluate", *evaluated, *engine], timeout=400)
+    done = run([*MEMENTO, "evaluate", *evaluated, *engine], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["problems"] == 4 and result["kv"]["peak_ratio"] > 1
     generated = [str(model), "--problems", str(problems), "--samples", "2", "--out", str(tmp_path / "rollouts.jsonl")]
-    done = run([*MEMENTO, "generate", *generated, *engine], timeout=400)
+    done = run([*MEMENTO, "generate", *generated, *engine], timeout=900)
     assert done.returncode == 0 and "8 trajectories" in done.stdout, done.stderr[-3000:]
     page = tmp_path / "trace.html"
     looked = run([*MEMENTO, "view", str(tmp_path / "rollouts.jsonl"), "--model", str(model), "--html", str(page)])
