@@ -13,8 +13,8 @@ traces: `--pools 6` has room for six traces of average length at their end.
 All requests arrive at once. Stock vLLM gives each its first token soon and preempts it then, so its time to first token
 (TTFT) is short and its latency long; admission by expected peaks lets requests wait instead.
 
-Each pool runs in a process of its own that holds both engines and steps them in turn, for about a second of their own
-time each, so that a busy machine slows both; an engine's clock runs only inside its own steps. `bound` is the area of
+Each pool runs in a process of its own that holds both engines. The one that is behind runs for a second, so that both
+work to the end and a busy machine slows both; an engine's clock runs only inside its own steps. `bound` is the area of
 stock over the area of ours (KV pages held, summed over generated tokens): the ratio that a step of constant cost and
 perfect packing would give where memory binds. Overhead is measured in lockstep, one step of each engine in turn on the
 same batch in a pool that holds everything: with eviction off for each request (`off`), and on for traces without a
@@ -360,9 +360,9 @@ def measure_pool(args: argparse.Namespace, traces: float, folder: Path) -> dict[
         bound = area["stock"] / area["ours"]
         for contestant in (stock, ours):
             contestant.start(scripts)
-        while stock.busy or ours.busy:
-            stock.run_for(args.slice_s * bound)
-            ours.run_for(args.slice_s)
+        while running := [contestant for contestant in (stock, ours) if contestant.busy]:
+            # Whoever is behind: so both are at work to the end, whatever else the machine does meanwhile.
+            min(running, key=lambda contestant: contestant.running).run_for(args.slice_s)
             if args.progress:
                 print(f"  {stock.finished}/{ours.finished} of {len(scripts)}", end="\r", file=sys.stderr, flush=True)
         for contestant in (stock, ours):
@@ -524,7 +524,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32; on cuda bfloat16")
     parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="vLLM's model runner, of both engines")
     parser.add_argument("--graphs", action="store_true", help="compile and capture graphs (default: eager)")
-    parser.add_argument("--pools", type=float, nargs="+", default=[6.0, 12.0, 24.0, 96.0], help="in whole traces")
+    parser.add_argument("--pools", type=float, nargs="+", default=[3.0, 6.0, 12.0, 96.0], help="in whole traces")
     parser.add_argument("--requests", type=int, help="default: 192")
     parser.add_argument("--rounds", type=int, help="sets of traces a pool; default: 3")
     parser.add_argument("--scale", type=float, help="of all lengths; default: 1/8, on cuda 1/4")
