@@ -52,7 +52,7 @@ class BlockCap(V1Processor, V2Processor):  # pyright: ignore[reportIncompatibleM
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         raise NotImplementedError  # of the V1 API only
 
-    def apply(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise NotImplementedError
 
 

@@ -49,9 +49,8 @@ def olmo3() -> Any:
     from transformers import Olmo3Config
 
     layers = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
-    return Olmo3Config(
-        **_shape() | {"num_hidden_layers": 4}, layer_types=layers, sliding_window=WINDOW, pad_token_id=0, eos_token_id=0
-    )
+    shape: dict[str, Any] = {**_shape(), "num_hidden_layers": 4}
+    return Olmo3Config(**shape, layer_types=layers, sliding_window=WINDOW, pad_token_id=0, eos_token_id=0)
 
 
 def _shape() -> dict[str, Any]:
