@@ -254,6 +254,10 @@ def serve(control, level, filter_program):
             continue  # meant for a run that ended by itself in the meantime
         try:
             outcome = run(job, fds, control, level, filter_program)
+        except EOFError:
+            if job["folder"]:
+                importlib.import_module("shutil").rmtree(job["folder"], ignore_errors=True)
+            os._exit(0)
         except OSError as error:
             outcome = {"failed": f"the zygote: {error}"}
         finally:
@@ -307,8 +311,7 @@ def watch(reader, control, wall_s):
         ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1)]
         if control.fileno() in ready:
             if not control.recv(1 << 16):
-                kill_children()
-                os._exit(0)
+                raise EOFError("the caller is gone")
             return {"end": "stopped", "code": 0, "seconds": 0.0 if started is None else time.monotonic() - started}
         if reader in ready:
             chunk = os.read(reader, 1 << 12)
@@ -759,7 +762,6 @@ def main():
             enter_namespaces(config["root"])
             drop_bounding_set()
         else:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             prctl(PR_SET_CHILD_SUBREAPER, 1)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         for name in PRELOADED.split() + config["preload"]:

@@ -239,19 +239,23 @@ def test_a_killed_zygote_costs_no_run():
 
 
 @pytest.mark.parametrize("level", ["subprocess", pytest.param("namespaces", marks=needs_namespaces)])
-def test_everything_ends_with_a_killed_caller(level: str):
+def test_everything_ends_with_a_killed_caller(level: str, tmp_path: Path):
     code = (
         "import os, signal, sys, threading, time\nfrom memento.rewards.sandbox import Limits, Sandbox\n"
         f"sandbox = Sandbox({level!r}, slots=2)\n"
-        "run = lambda: sandbox.run_program('while True: pass', '', Limits(wall_s=60))\n"
-        "for _ in range(2): threading.Thread(target=run, daemon=True).start()\n"
-        "time.sleep(1.5)\nprint(*sandbox.pids, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "def run(program):\n    sandbox.run_program(program, '', Limits(wall_s=60))\n"
+        "def both(program):\n    threads = [threading.Thread(target=run, args=(program,), daemon=True) for _ in '12']\n"
+        "    for thread in threads: thread.start()\n    return threads\n"
+        "for thread in both('import time; time.sleep(5)'): thread.join()\n"  # both slots have started
+        "both('while True: pass')\ntime.sleep(1)\n"
+        "print(*sandbox.pids, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     assert gone(pids)
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_namespaces
