@@ -344,7 +344,8 @@ def _trainer(
             stopping = run is not None and run.stopping and state.global_step < state.max_steps
             if ranks > 1:  # a signal may reach one rank only; all must leave the loop together
                 flag = torch.tensor([float(stopping)])
-                stopping = bool(trainer.accelerator.reduce(flag.to(trainer.accelerator.device)).item())
+                total: Any = trainer.accelerator.reduce(flag.to(trainer.accelerator.device))
+                stopping = bool(total.item())
             if stopping:
                 control.should_save = control.should_training_stop = True
             elif config.eval.problems is not None:

@@ -8,6 +8,7 @@ accepted from 8 on, after at most two rounds of feedback (MEMENTO, arXiv 2604.09
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from memento.format import DELIMITERS
 from memento.problems import Record
@@ -81,7 +82,7 @@ def best(rounds: tuple[Round, ...]) -> Round:
     return max(reversed(rounds), key=lambda r: r.score)
 
 
-async def _judge(endpoint: Endpoint, shared: dict[str, object], memento: str) -> Round:
+async def _judge(endpoint: Endpoint, shared: dict[str, Any], memento: str) -> Round:
     def read(text: str) -> Round:
         verdict = read_object(text)
         score = 0.0

@@ -78,6 +78,8 @@ class StubEndpoint:
     troubles: Counter[str] = field(default_factory=Counter)
     in_flight: int = 0
     most_in_flight: int = 0
+    port: int = 0
+    _runner: Any = None
 
     def __enter__(self) -> StubEndpoint:
         self._random = Random(self.seed)
@@ -174,7 +176,14 @@ class StubEndpoint:
             memento = re.search(r"<memento>\n(.*?)\n</memento>", prompt, re.DOTALL)
             assert memento is not None
             score = 10.0 if "revised" in memento[1] else self.manners.first_score
-            points = {"formulas": 3, "values": 2, "methods": 2, "validation": 1, "faithful": 1, "result": 1}
+            points: dict[str, float] = {
+                "formulas": 3,
+                "values": 2,
+                "methods": 2,
+                "validation": 1,
+                "faithful": 1,
+                "result": 1,
+            }
             points["formulas"] -= min(3, 10 - score)
             points["values"] -= min(2, max(0, 10 - score - 3))
             poison = " POISON" if "POISON" in block[1] else ""

@@ -102,7 +102,8 @@ def main(families: list[str]) -> None:
                 loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
                 engine.backward(loss)
                 worst = 0.0
-                for name, parameter in engine.module.named_parameters():
+                module: Any = engine.module
+                for name, parameter in module.named_parameters():
                     gradient: Any = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
                     size = gradients[name].abs().max()
                     worst = max(worst, float((gradient - gradients[name]).abs().max() / (1 + size)))
