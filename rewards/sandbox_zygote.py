@@ -346,6 +346,7 @@ def supervise(job, status, namespaces):
         os.chdir("/tmp")
     else:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.chdir(job["folder"])
     program = os.fork()
     if program == 0:
@@ -385,6 +386,7 @@ def kill_children():
 
 def become_program(job, fds, filter_program):
     """In the program's process: descriptors, limits, and the last rights given up."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without a pid namespace nobody else ends it with its supervisor
     os.setsid()
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, HIGH_FD) for fd in fds]
     for number, fd in enumerate(high[1:]):  # 0, 1, 2, then what the mode needs
