@@ -32,7 +32,16 @@ from memento.arithmetic import SPLITS
 from memento.config import ProblemsConfig, RlConfig, load_config
 from memento.errors import UserError
 from memento.problems import save_problems
-from memento.results import ROWS, TEMPERATURES, QuickstartResults, result_table, sampling_temperature, write_results
+from memento.results import (
+    ROWS,
+    TEMPERATURES,
+    QuickstartResults,
+    Row,
+    Temperature,
+    result_table,
+    sampling_temperature,
+    write_results,
+)
 from memento.sources import read_problems
 from memento.trajectory import SamplingParams, append_jsonl
 
@@ -278,7 +287,9 @@ def evaluate_rows(out: Path, size: Size, seed: int, console: Console) -> None:
     save_problems(problems, folder / "problems.jsonl")
     model = SavedModel(out / next(iter(ROWS.values())).folder / "hf")
     fmt = config.format.bind(load_tokenizer(model.folder))
-    jobs = [(row, t, size.problems if t == "1.0" else size.cool_problems) for row in ROWS for t in TEMPERATURES]
+    jobs: list[tuple[Row, Temperature, int]] = [
+        (row, t, size.problems if t == "1.0" else size.cool_problems) for row in ROWS for t in TEMPERATURES
+    ]
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
     connect()

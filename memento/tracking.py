@@ -155,7 +155,7 @@ class WandbTracker:
             return
         import wandb
 
-        rows = list(table_rows(step, groups, tracking.trajectories))
+        rows: Any = list(table_rows(step, groups, tracking.trajectories))
         media: dict[str, Any] = {TABLE: wandb.Table(columns=list(COLUMNS), data=rows)}
         if (view := telling_view(self._folder, groups)) is not None:
             from memento.view import view_page
@@ -288,11 +288,11 @@ def open_trackers(config: Config, folder: Path, run_id: str) -> Tracker:
 
 
 def _open_wandb(config: Config, folder: Path, run_id: str) -> WandbTracker:
-    import wandb
+    from wandb.errors import Error
 
     try:
         return WandbTracker(config, folder, run_id)
-    except wandb.errors.Error as error:
+    except Error as error:
         raise UserError(
             f"W&B does not start: {' '.join(str(error).split())}. Use tracking.mode=offline or tracking.mode=disabled; "
             f"the run folder {folder} is there already, so add --resume."

@@ -72,7 +72,7 @@ def push(
         UserError: as `plan_push`; no token, no right, no network, or a repository that is not empty. Nothing is sent.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     plan_push(folder, repository)
     api = HfApi(endpoint=endpoint)

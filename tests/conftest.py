@@ -19,7 +19,7 @@ class WandbFile:
     @classmethod
     def records(cls, file: Path) -> Iterator[Any]:
         """All records, in order."""
-        from wandb.proto.wandb_internal_pb2 import Record
+        from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
         data, at, parts = file.read_bytes(), 7, b""
         while at < len(data):

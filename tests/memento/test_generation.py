@@ -34,7 +34,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[int], lis
     from transformers import AutoModelForCausalLM
 
     folder = write_tiny_model(tmp_path_factory.mktemp("model"), seed=3, hidden_size=32, layers=2)
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
     fmt = MementoFormat.from_tokenizer(tokenizer, evict_delimiters=False)
     prompt, script = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("What is 7 + 8?", SCRIPT))
     return AutoModelForCausalLM.from_pretrained(folder), prompt, script, fmt

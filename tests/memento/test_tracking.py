@@ -136,8 +136,8 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, capsys: pytest.Capture
 
             return fail
 
-    broken, whole = Broken(), TensorBoardTracker(TrackingConfig(), tmp_path)
-    both = Trackers([broken, whole])
+    broken: Any = Broken()
+    both = Trackers([broken, TensorBoardTracker(TrackingConfig(), tmp_path)])
     both.log(1, {"reward/mean": 0.5})
     both.checkpoint(1, tmp_path)
     both.finish(0)
