@@ -15,7 +15,7 @@ help: ## this list
 install: ## create .venv and install what is missing (MEMENTO_PROFILE=cuda for GPUs)
 	@scripts/install.sh
 
-quickstart: install ## the whole pipeline on this machine, about 15 minutes: SFT, RL, evaluation, export
+quickstart: install ## the whole pipeline on this machine, about 11 minutes: SFT, RL, evaluation, export
 	$(BIN)/memento quickstart --out $(OUT)
 
 test: lint ## everything that is checked: lint, types, unit tests, the small real pipeline

@@ -174,7 +174,8 @@ def trl(folder: Path, lengths: Sequence[int], threads: int, steps: int, batch: i
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     torch.set_num_threads(threads)
     groups = [ScoredGroup.model_validate_json(line) for line in (folder / "rollouts.jsonl").open(encoding="utf-8")]
@@ -194,8 +195,8 @@ def trl(folder: Path, lengths: Sequence[int], threads: int, steps: int, batch: i
             out["score"].append(group.scores[sample])
         return out
 
-    def reward(score: list[float], **_: Any) -> list[float]:
-        return score
+    def reward(score: list[float], **_: Any) -> list[float | None]:
+        return list(score)
 
     class Timer(TrainerCallback):
         """Seconds of each optimiser step."""

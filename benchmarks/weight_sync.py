@@ -63,6 +63,7 @@ def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, A
             )
             running[kind] = pools.enter_context(RolloutPool(config, FormatConfig(), str(model)))
             kinds[kind]["start_s"] = running[kind].start_s
+        update = None
         for version in range(1, args.rounds + 2):
             for tensor in tensors.values():
                 tensor += 0.001 * torch.randn(())
@@ -85,6 +86,7 @@ def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, A
                     slowest = {name: max(stage[name] for stage in stages) for name in stages[0]}
                     kinds[kind]["rounds"].append({"write": written - began, **slowest, "total": ended - began})
                     kinds[kind]["tokens_per_s"].append(tokens_per_s)
+    assert update is not None
     return {"parameters": sum(tensor.numel() for tensor in tensors.values()), "bytes": update.bytes, "kinds": kinds}
 
 

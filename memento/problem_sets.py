@@ -459,7 +459,9 @@ def _read_hub(known: HubSet) -> Iterator[Located]:
         ) from error
     if isinstance(loaded, dict):
         if len(loaded) > 1:
-            raise UserError(f"the hub data set {where} has the splits {', '.join(loaded)}; choose one with `split`.")
+            raise UserError(
+                f"the hub data set {where} has the splits {', '.join(map(str, loaded))}; choose one with `split`."
+            )
         loaded = next(iter(loaded.values()))
     for number, row in enumerate(loaded, 1):
         yield _row(row, f"{where}, row {number}")

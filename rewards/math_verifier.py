@@ -261,7 +261,7 @@ def _differ_at_a_point(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool
         return False
     names = sorted(gold.free_symbols | answer.free_symbols, key=str)
     for start in (0.37, 1.61):
-        place = {name: start + 0.29 * number for number, name in enumerate(names)}
+        place: dict[Basic, Basic | float] = {name: start + 0.29 * number for number, name in enumerate(names)}
         try:
             left, right = complex(gold.evalf(15, subs=place)), complex(answer.evalf(15, subs=place))
             apart = abs(left - right) > 1e-3 * max(1.0, abs(left), abs(right))  # false for infinities and NaN

@@ -28,7 +28,7 @@ from memento.format import visible_until
 from memento.rl import learner_rank
 from memento.rl.advantages import group_advantages
 from memento.rl.batch import assemble
-from memento.rl.export import _weights_of_checkpoint
+from memento.rl.export import SHARD_GB, _weights_of_checkpoint
 from memento.rl.learner import FAILED_BATCH, Learner, LearnerError, NonFiniteLoss
 from memento.rl.learner_rank import LearnerRank
 from memento.rl.lora import ExportedTensor
@@ -80,7 +80,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> Path:
-    size = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+    }
     return write_tiny_model(folder / "model", seed=0, **size)
 
 
@@ -460,7 +467,7 @@ def test_an_adapter_is_trained_merged_saved_and_switched_off(
         # Engines, Hugging Face folder and an export from the checkpoint: the same merged weights.
         learner.save(tmp_path / "trained")
         exported = tmp_path / "exported"
-        _weights_of_checkpoint(tmp_path / "trained", config, exported)
+        _weights_of_checkpoint(tmp_path / "trained", config, exported, None, SHARD_GB)
         for folder in (learner.save_hf(tmp_path / "hf"), exported):
             policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
             assert furthest({name: p.detach() for name, p in policy.named_parameters()}, after) == 0

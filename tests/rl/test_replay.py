@@ -33,7 +33,14 @@ SAME = ("train/loss", "train/grad_norm", "train/lr", "train/entropy", "ratio/max
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    size = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+    }
     return write_tiny_model(tmp_path_factory.mktemp("replay") / "model", seed=0, **size)
 
 
