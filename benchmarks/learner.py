@@ -60,8 +60,8 @@ def write_model(folder: Path, vocabulary: int, hidden: int, layers: int) -> None
         head_dim=hidden // 4,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=int(tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
+        pad_token_id=int(tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
