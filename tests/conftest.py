@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported. On models of these sizes a second thread does little but spin at barriers: engine tests that
+# take a minute with one thread take eight with two that share their cores with other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class WandbFile:
