@@ -83,7 +83,7 @@ def test_unsupported_features_are_named(config_of, changes, name):
 
 
 def test_runner_scheduling_and_restart_go_together_or_are_refused_with_the_way_out(config_of, monkeypatch):
-    vllm.envs.disable_envs_cache()  # an engine that another test started in this process made vLLM remember its variables
+    vllm.envs.disable_envs_cache()  # an engine of another test may have made vLLM remember its variables
     config, restart = config_of(), config_of(additional_config=eviction_args(FMT, restart=True)["additional_config"])
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     check_config(config)
