@@ -154,7 +154,7 @@ def test_choice(scorer: Scorer):
         scorer.check(problem("Paris", "choice"))
 
 
-BOMBS = [r"9^{9^{9^9}}", r"(10^9)!", r"2^{2^{40}}", r"\sum_{k=1}^{10^{9}} \frac{1}{k^2+k+1}"]
+BOMBS = [r"9^{9^{9^9}}", r"(10^9)!", r"2^{2^{40}}"]
 
 
 def test_bombs_time_out_in_seconds_and_the_next_job_is_served():
@@ -168,6 +168,8 @@ def test_bombs_time_out_in_seconds_and_the_next_job_is_served():
         assert [(result.outcome, result.score) for result in results] == [(Outcome.TIMEOUT, None)] * len(BOMBS)
         assert scorer.score(problem("x+1"), r"\boxed{1+x}").score == 1.0
         assert scorer.worker_counts.restarts == scorer.worker_counts.timeouts == len(BOMBS)
+        long_sum = r"\boxed{\sum_{k=1}^{10^{9}} \frac{1}{k^2+k+1}}"  # whether in time depends on the machine
+        assert scorer.score(problem("30"), long_sum).outcome in (Outcome.WRONG, Outcome.TIMEOUT)
     finally:
         scorer.close()
     assert scorer.worker_pids == []
