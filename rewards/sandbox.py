@@ -577,6 +577,8 @@ def _close_all(slots: Sequence[_Slot]) -> None:
 def _refusal(level: Isolation, python: str, reason: str) -> str:
     if level is Isolation.SUBPROCESS:
         return f"cannot run programs with {python} (rewards.sandbox_python): {reason}."
+    if "lies under /tmp" in reason:
+        return f"rewards.sandbox_python: {reason}. Choose a Python that is installed elsewhere."
     return (
         f"rewards.sandbox is 'namespaces', which this machine does not allow ({reason}). Allow user namespaces (sysctl "
         "user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1 and "

@@ -191,6 +191,11 @@ def private_root(root):
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
     prefixes = [sys.base_prefix, sys.base_exec_prefix, sys.prefix, sys.exec_prefix]
+    for prefix in prefixes:
+        if (prefix + "/").startswith("/tmp/"):
+            raise OSError(
+                prefix + ", the Python of rewards.sandbox_python, lies under /tmp, which is private to each run"
+            )
     for path in dict.fromkeys(["/usr", "/lib", "/lib32", "/lib64", "/bin", *prefixes]):
         inside = root + path
         if os.path.islink(path):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from memento.config import FormatConfig
-from memento.metrics import METRICS, Metric, find, metrics_reference, missing, nearest, undocumented
+from memento.metrics import METRICS, SECTIONS, Metric, find, metrics_reference, missing, nearest, undocumented
 from memento.trajectory import Outcome, SamplingParams, ScoredGroup
 
 
 def test_names_are_unique_and_described() -> None:
-    counts = Counter((metric.name, metric.when == "sft") for metric in METRICS)
+    counts = Counter((m.name, part == "sft") for part, (_, metrics) in SECTIONS.items() for m in metrics)
     assert max(counts.values()) == 1, counts.most_common(1)
     assert all(metric.unit and metric.meaning for metric in METRICS)
 

@@ -24,7 +24,7 @@ from memento.rollout.pool import RolloutPool
 from memento.rollout.weights import WeightUpdate, write_weights
 from memento.trajectory import RolloutRequest, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

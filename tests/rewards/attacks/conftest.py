@@ -88,7 +88,12 @@ def attack(watched: Watched, scratch: Path) -> Iterator[Attack]:
     yield run
     assert watched.pids == zygotes, "the attack ended a zygote"
     assert leftovers(watched) == []
-    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    for _ in range(50):  # other threads of this process open a file now and then
+        if len(os.listdir("/proc/self/fd")) <= len(descriptors):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"descriptors stayed open: {len(descriptors)} before, {os.listdir('/proc/self/fd')} after")
     assert list(scratch.iterdir()) == []
     assert watched.run_program("print(6 * 7)", "", EASY).stdout == b"42\n"
 
