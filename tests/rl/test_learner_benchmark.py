@@ -11,7 +11,7 @@ import pytest
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "learner.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loss_and_gradient_norm_are_those_of_trl() -> None:
     size = ["--hidden", "64", "--layers", "2", "--lengths", "16", "40", "24", "64"]
     once = ["--threads", "1", "--steps", "1", "--rounds", "1", "--trl-batch", "2"]

@@ -26,7 +26,7 @@ def on_cpu(scheduling: str, length: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_asynchronous_scheduling_is_exact():
     report = on_cpu("asynchronous", "short")
     assert report["scored_tokens"] > 1000

@@ -54,7 +54,7 @@ def test_traces_have_the_statistics_they_claim(benchmark: ModuleType) -> None:
     assert not any(evictions(s.completion, fmt) for s in plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_run_writes_table_plot_and_numbers(tmp_path: Path) -> None:
     small = ["--quick", "--scale", "0.04", "--requests", "8", "--pools", "3", "--slice-s", "0.1", "--no-overhead"]
     done = subprocess.run(

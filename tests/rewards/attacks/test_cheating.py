@@ -82,7 +82,7 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb") as memory:
             except OSError: continue
             searched += len(text)
             hits += needle.findall(text)
-print("found", hits, searched > 1 << 20)
+print("found", hits, searched > 1 << 20, flush=True)  # the run may be stopped once its answer is there
 def f(*a): return 0
 """
     for test in (None, CALL, {"program": f"assert f(1) == {SECRET!r}"}):
