@@ -229,8 +229,9 @@ def test_a_killed_zygote_costs_no_run():
 
     thread = threading.Thread(target=killer)
     thread.start()
-    failed = 0
-    for n in range(120):
+    failed, n, end = 0, 0, time.monotonic() + 60
+    while n < 120 or (len(kills) < 4 and time.monotonic() < end):
+        n += 1
         try:
             assert sandbox.run_program("print(int(input()) + 1)", str(n), EASY).stdout == f"{n + 1}\n".encode()
         except SandboxError:
@@ -238,7 +239,7 @@ def test_a_killed_zygote_costs_no_run():
     stop.set()
     thread.join()
     sandbox.close()
-    assert kills and failed <= len(kills) // 2
+    assert len(kills) >= 4 and failed <= len(kills) // 2
     assert gone(kills)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,25 @@ def _shape() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def plain_olmo3() -> Iterator[None]:
+    """Give transformers its Olmo 3 back: vLLM runs it through that very class, and decorates it in place for good.
+
+    A process that has had such an engine could build no Olmo 3 of its own ("Current vLLM config is not set").
+    """
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3Model
+
+    bases, own = Olmo3Model.__bases__, dict(vars(Olmo3Model))
+    yield
+    Olmo3Model.__bases__ = bases
+    for name in set(vars(Olmo3Model)) - set(own):
+        delattr(Olmo3Model, name)
+    for name in ("__init__", "__call__"):
+        if name in own:
+            setattr(Olmo3Model, name, own[name])
+
+
+@pytest.mark.usefixtures("plain_olmo3")
 @pytest.mark.parametrize(("config", "fmt"), [(qwen25, FMT), (phi4, PHI), (olmo3, FMT)])
 def test_a_twin_is_exact(config: Callable[[], Any], fmt, tmp_path: Path):
     folder = save_model(tmp_path / "model", config())
