@@ -17,9 +17,12 @@ _NUMBER = re.compile(
 )
 _FRACTION = re.compile(
     r"(?P<mixed>\d{1,15}(?=[ ]?\\|[ ]))?[ ]?"
-    r"(?:\\[dtc]?frac[ ]?(?:\{(?P<over>-?\d{1,40})\}|(?P<o>\d))[ ]?(?:\{(?P<under>\d{1,40})\}|(?P<u>\d))"
+    r"(?:\\[dtc]?frac[ ]?(?:\{(?P<over>-?\d{1,40})\}|(?P<o>\d))[ ]?(?:\{(?P<under>-?\d{1,40})\}|(?P<u>\d))"
     r"|(?P<a>\d{1,40})/(?P<b>\d{1,40}))"
 )
+
+
+_PARENTHESES = re.compile(r"(?:\\left\s*\(\s*([^()]*?)\s*\\right\s*\))|(?:\(\s*([^()]*?)\s*\))")
 
 
 class Number(NamedTuple):
@@ -30,13 +33,15 @@ class Number(NamedTuple):
 
 
 def as_number(text: str) -> Number | None:
-    r"""A number that is written plainly: ``-3``, ``1,234``, ``\$5``, ``.5``, ``3/4``, ``\frac34``, ``1 \frac{1}{2}``.
+    r"""A number written plainly: ``-3``, ``1,234``, ``\$5``, ``.5``, ``3/4``, ``\frac34``, ``1 \frac{1}{2}``, ``(-7)``.
 
     Anything else, and anything that could be read in two ways (``0,5``, ``1,22``, ``3\%``), gives None.
     """
     plain = text.strip().removesuffix(".").strip()
     negative = plain[:1] in ("-", "−")
     plain = plain[negative or plain[:1] == "+" :].lstrip().removeprefix("\\$").removeprefix("$").lstrip()
+    if (inside := _PARENTHESES.fullmatch(plain)) and (number := as_number(inside[1] or inside[2] or "")):
+        return number._replace(value=-number.value if negative else number.value)
     match, value, exact = _FRACTION.fullmatch(plain), None, True
     if match:
         over, under = (int(match[x] or match[y] or match[z]) for x, y, z in (("over", "o", "a"), ("under", "u", "b")))

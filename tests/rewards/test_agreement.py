@@ -92,6 +92,12 @@ def test_a_plain_verdict_is_the_one_of_math_verify(scorer: Scorer) -> None:
         ("4 4/9", "40/9", True),
         ("10,\\!080", "10080", True),
         ("111, \\! 111, \\! 111", "111, \\! 111", False),
+        ("-\\frac{19}{8}", "\\left(\\frac{-19}{8}\\right)", True),
+        ("\\frac{59}{6}", "\\frac{-59}{-6}", True),
+        ("\\frac{12}{5}", "\\frac{12}{-5}", False),
+        ("3", "-(-3)", True),
+        ("3", "2(1)", None),
+        ("3", "(1)(3)", None),
         ("east", "teas", None),
     ],
 )
