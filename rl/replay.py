@@ -202,7 +202,7 @@ def record(config: RlConfig, *, resume: bool = False) -> Path:
         stream, window = open_window(config, fmt, state, problems, engines, rewards)
         parts.callback(window.close)
         for step in range(state.step, config.steps):
-            groups = next_groups(run, window, stream, config, version=0)
+            groups = next_groups(run, window, stream, config, step, version=0)
             done = step if groups is None else step + 1
             if groups is not None:
                 run.save_groups(done, groups)

@@ -88,7 +88,7 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
 
         for step in range(state.step, config.steps):
             began = time.perf_counter()
-            groups = next_groups(run, window, stream, config, version=step)
+            groups = next_groups(run, window, stream, config, step, version=step)
             if groups is None:
                 save(run, state.at(step, stream, window), learner)
                 run.stop()
@@ -183,13 +183,19 @@ def open_window(
 
 
 def next_groups(
-    run: Run, window: GroupWindow, stream: ProblemStream, config: RlConfig, version: int
+    run: Run, window: GroupWindow, stream: ProblemStream, config: RlConfig, step: int, version: int
 ) -> list[ScoredGroup] | None:
-    """Keep the window full until a step's groups are ready, and take them; None when a signal arrived meanwhile."""
+    """Keep the window full until a step's groups are ready, and take them; None when a signal arrived meanwhile.
+
+    Args:
+        step: steps that are done.
+        version: weights that train next.
+    """
+    left = (config.steps - step) * config.groups_per_step
     with run.phase("rollout"):
-        fill(window, stream, config)
+        fill(window, stream, config, left)
         while not run.stopping and not window.wait(version, SIGNAL_POLL_S):
-            fill(window, stream, config)
+            fill(window, stream, config, left)
             run.within(window.ready(), config.groups_per_step)
     return None if run.stopping else window.take()
 
@@ -229,9 +235,9 @@ def profiled(run: Run, learner: Learner, step: int) -> Iterator[None]:
         run.say(f"profile of steps {first} to {last}: {learner.stop_profile(run.folder / 'profile')}")
 
 
-def fill(window: GroupWindow, stream: ProblemStream, config: RlConfig) -> None:
-    """Start as many groups as the window has room for."""
-    for serial, problem in stream.take(window.room()):
+def fill(window: GroupWindow, stream: ProblemStream, config: RlConfig, left: int) -> None:
+    """Start as many groups as the window has room for: with rollouts that run ahead, none beyond the last step."""
+    for serial, problem in stream.take(window.room(left)):
         window.start(
             RolloutRequest(
                 problem=problem,

@@ -22,11 +22,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+from memento.errors import RunFailed
 from memento.problems import Problem
 from memento.trajectory import RolloutRequest, ScoredGroup
 
 
-class RolloutFailure(RuntimeError):
+class RolloutFailure(RunFailed):
     """So many groups failed that going on makes no sense. The cause is the last one's error."""
 
 
@@ -115,9 +116,10 @@ class GroupWindow:
         """Groups admitted and not yet trained, at most."""
         return self.groups_per_step * (self.max_lag + 1)
 
-    def room(self) -> int:
-        """How many more groups may start now."""
-        return self.capacity - len(self._entries) + min(self._refused(), self.max_filtered)
+    def room(self, left: int | None = None) -> int:
+        """How many more groups may start now, if no more than `left` are to be trained any more (null: no end)."""
+        admitted = self.capacity if left is None else min(self.capacity, left)
+        return admitted - len(self._entries) + min(self._refused(), self.max_filtered)
 
     def start(self, request: RolloutRequest) -> None:
         """Admit a group and begin generating it."""

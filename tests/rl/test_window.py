@@ -98,6 +98,8 @@ def test_max_lag_admits_that_many_steps_ahead() -> None:
     groups.take()
     assert groups.room() == 2
     assert [r.problem.id for r in groups.pending()] == [f"p{i}" for i in range(2, 8)]
+    # Nothing is generated that no step would train: three steps are left, and their groups are in flight.
+    assert [groups.room(left) for left in (10, 8, 7, 6, 2)] == [2, 2, 1, 0, -4]
     groups.close()
 
 
