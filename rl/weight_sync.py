@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from memento.errors import RunFailed
 from memento.rollout.weights import WeightUpdate, shared_memory_folder
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunFailed):
     """The engines do not all run the weights that were sent. The message names the stage, engine and version."""
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from memento.cluster import connect
 from memento.config import FormatConfig, RolloutConfig
-from memento.errors import UserError
+from memento.errors import RunFailed, UserError
 from memento.rollout.engine import FIRST_VERSION, EngineInfo, RolloutEngine, StaleEngine
 from memento.rollout.engine_thread import EngineFailed
 from memento.rollout.weights import WeightUpdate
@@ -43,16 +43,19 @@ INFO_TIMEOUT_S = 5.0
 WATCH_INTERVAL_S = 5.0
 """How often each engine is looked at, at the least."""
 
+RESTART_POLL_S = 0.25
+"""How often a dead engine is asked whether Ray has started it again."""
 
-class NoEngines(RuntimeError):
+
+class NoEngines(RunFailed):
     """All engines are gone for good. The message carries the last reason."""
 
 
-class GroupFailed(RuntimeError):
+class GroupFailed(RunFailed):
     """A group could not be generated although other engines were tried."""
 
 
-class WeightSyncFailed(RuntimeError):
+class WeightSyncFailed(RunFailed):
     """An engine did not take the new weights. The message names engine and stage."""
 
 
@@ -105,7 +108,7 @@ class RolloutPool:
 
     Raises:
         UserError: the resources are not there, or the model cannot be served as configured.
-        EngineFailed: vLLM did not start.
+        EngineFailed: vLLM did not start, or an engine died in each of its starts.
     """
 
     def __init__(self, config: RolloutConfig, format: FormatConfig, model: str) -> None:
@@ -156,23 +159,37 @@ class RolloutPool:
         return f"rollout: {self._config.engines} engines ask for {self._config.cpus:g} CPU{gpus} each"
 
     def _start(self) -> float:
-        import ray
-        from ray.exceptions import GetTimeoutError
-
         began = time.perf_counter()
         starts = [engine.actor.start.remote() for engine in self._engines]
         deadline = began + self._config.start_timeout_s
         for engine, start in zip(self._engines, starts, strict=True):
+            self._finish_start(engine, start, deadline)
+            engine.state = "ready"
+        return time.perf_counter() - began
+
+    def _finish_start(self, engine: _Engine, start: Any, deadline: float) -> None:
+        """Wait for an engine's start. If it dies meanwhile, Ray makes it anew and it starts again."""
+        import ray
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+        while True:
             try:
                 _get(start, max(deadline - time.perf_counter(), 0.0))
+                return
             except GetTimeoutError:
                 raise UserError(
                     f"engine {engine.index} was not ready after {self._config.start_timeout_s:g} s "
                     f"(rollout.start_timeout_s): {self._stage(engine)}. {self._wanted()}; free in the cluster: "
                     f"{_resources(ray.available_resources(), ('CPU', 'GPU'))}. {_FIX}"
                 ) from None
-            engine.state = "ready"
-        return time.perf_counter() - began
+            except ActorUnavailableError:  # also until the new process is there
+                time.sleep(RESTART_POLL_S)
+                start = engine.actor.start.remote()
+            except ActorDiedError as error:
+                raise EngineFailed(
+                    f"engine {engine.index} died while it started, and again in each of "
+                    f"{self._config.max_restarts} restarts (rollout.max_restarts): {error}"
+                ) from None
 
     def _stage(self, engine: _Engine) -> str:
         """What an engine was doing when the pool lost patience with it."""
@@ -376,7 +393,7 @@ class RolloutPool:
                     _get(engine.actor.update_weights.remote(update), left)
             except ActorUnavailableError:
                 if time.perf_counter() < deadline:
-                    time.sleep(0.25)
+                    time.sleep(RESTART_POLL_S)
                     continue
                 self._lose(engine, f"{engine.why}; it did not come back in time")
                 return

@@ -28,6 +28,7 @@ from memento.config import FormatConfig, RolloutConfig
 from memento.errors import UserError
 from memento.format import MementoFormat, evictions, visible_until
 from memento.problems import Problem, ProblemKind
+from memento.rollout.engine_thread import EngineFailed
 from memento.rollout.generate import generate_into
 from memento.rollout.pool import RolloutPool, WeightSyncFailed
 from memento.rollout.weights import WeightUpdate, write_weights
@@ -367,6 +368,29 @@ def test_resources_that_are_not_there_are_refused_at_once(cluster, model_dir):
     with pytest.raises(UserError, match="has no token"):
         RolloutPool(RolloutConfig(cpus=0, device="cpu"), FormatConfig(), str(_without_delimiters(model_dir)))
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_an_engine_that_dies_while_it_starts_is_started_again(deaths, cluster, monkeypatch, tmp_path):
+    class Engine:
+        """Its process ends in each of its first `deaths` starts."""
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        async def start(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+            if len(list(tmp_path.iterdir())) <= deaths:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("memento.rollout.pool.RolloutEngine", Engine)
+    config = RolloutConfig(engines=1, device="cpu", cpus=0, max_restarts=1)
+    if deaths == 1:
+        RolloutPool(config, FormatConfig(), "unused").close()
+    else:
+        with pytest.raises(EngineFailed, match="engine 0 died while it started, and again in each of 1 restarts"):
+            RolloutPool(config, FormatConfig(), "unused")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def _without_delimiters(model_dir: Path) -> Path:
