@@ -1,6 +1,7 @@
 """Kill any part of an RL run at a random moment, resume it, and see that it finishes with every problem trained once.
 
     python benchmarks/kill.py --runs 20 --seed 0
+    python benchmarks/kill.py --first 7 --runs 3 --start-s 20      # runs 7 to 9 of the same twenty, on their own
 
 Each run has two engines and two learner ranks on a tiny model. The victim is the driver, the first learner rank, any
 rank, an engine, or everything at once, always by SIGKILL. What it checks after the end:
@@ -153,8 +154,9 @@ def steps_done(out: Path) -> int:
     return len(read_metrics(out)) if (out / "metrics.jsonl").is_file() else 0
 
 
-def one_run(number: int, folder: Path, model: Path, config: Path, choose: random.Random, start_s: float) -> list[str]:
+def one_run(number: int, folder: Path, model: Path, config: Path, seed: int, start_s: float) -> list[str]:
     """Start, kill, resume until it ends; prints a line and returns what was wrong."""
+    choose = random.Random(f"{seed}/{number}")
     victim = choose.choice(list(VICTIMS))
     # While it starts, or so many seconds after some step: starting takes longer than all steps together.
     after = choose.choice([None, *range(1, STEPS), *range(1, STEPS)])
@@ -194,33 +196,47 @@ def one_run(number: int, folder: Path, model: Path, config: Path, choose: random
     return wrong
 
 
+def untouched(folder: Path, model: Path, config: Path) -> list[str]:
+    """A run that nobody disturbs; prints a line and returns what was wrong."""
+    began, mark = time.monotonic(), secrets.token_hex(8)
+    try:
+        code = start(folder / "untouched", model, mark, config, 0, resume=False).wait(900)
+    finally:
+        sweep(mark, 30)
+    wrong = faults(folder / "untouched") if code == 0 else [f"exit code {code}"]
+    print(f"untouched: {time.monotonic() - began:.0f} s: {'; '.join(wrong) or 'whole'}", flush=True)
+    return wrong
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if every run finished whole."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=1, help="number of the first run: victim and moment depend on it")
+    parser.add_argument(
+        "--start-s",
+        type=float,
+        help="seconds of a start, in which a run may be killed too; default: an untouched run's",
+    )
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     options = parser.parse_args(arguments)
     config = Path(__file__).resolve().parents[1] / "configs" / "rl" / "small.yaml"
-    choose = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="kill-") as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         model = write_tiny_model(Path(temporary) / "model", seed=0)
-        began, mark = time.monotonic(), secrets.token_hex(8)
-        try:
-            code = start(folder / "untouched", model, mark, config, 0, resume=False).wait(900)
-        finally:
-            sweep(mark, 30)
-        wrong = faults(folder / "untouched") if code == 0 else [f"exit code {code}"]
-        print(f"untouched: {time.monotonic() - began:.0f} s: {'; '.join(wrong) or 'whole'}", flush=True)
-        if wrong:
-            print((folder / "untouched.log").read_text(errors="replace")[-3000:])
-            return 1
-        start_s = read_metrics(folder / "untouched")[0]["seconds/start"] or 0.0
-        results = [one_run(n + 1, folder, model, config, choose, start_s) for n in range(options.runs)]
+        start_s = options.start_s
+        if start_s is None:
+            wrong = untouched(folder, model, config)
+            if wrong:
+                print((folder / "untouched.log").read_text(errors="replace")[-3000:])
+                return 1
+            start_s = read_metrics(folder / "untouched")[0]["seconds/start"] or 0.0
+        numbers = range(options.first, options.first + options.runs)
+        results = [one_run(number, folder, model, config, options.seed, start_s) for number in numbers]
     whole = sum(not wrong for wrong in results)
-    print(json.dumps({"runs": len(results), "whole": whole, "seed": options.seed}))
+    print(json.dumps({"runs": len(results), "whole": whole, "seed": options.seed, "first": options.first}))
     return 0 if whole == len(results) else 1
 
 

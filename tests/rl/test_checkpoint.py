@@ -60,6 +60,27 @@ def test_only_the_newest_stay(tmp_path):
     assert load_state(again).cursor == 5
 
 
+def test_the_best_one_outlives_newer_ones_and_a_resume(tmp_path):
+    accuracy = {1: 0.2, 2: 0.6, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.1}
+
+    def go_on(*steps: int) -> list[str]:
+        newest = latest_checkpoint(tmp_path)
+        state = load_state(newest) if newest else RunState()
+        for step in steps:
+            state = state.evaluated(step, {"eval/accuracy": accuracy[step]}).model_copy(update={"step": step})
+            save_checkpoint(tmp_path, state, Files(), keep=1, keep_best=True)
+        return sorted(f.name.removeprefix("step-00000") for f in (tmp_path / "checkpoints").iterdir())
+
+    assert go_on(1, 2) == ["2"]
+    assert go_on(3) == ["2", "3"]
+    assert go_on(4, 5) == ["2", "5"], "as good is not better"
+    assert load_state(tmp_path / "checkpoints" / "step-000002").best_metric == 0.6
+    assert go_on(6) == ["6"], "a better one takes its place"
+    assert go_on(7) == ["6", "7"]
+    state = load_state(tmp_path / "checkpoints" / "step-000007")
+    assert (state.best_step, state.best_metric) == (6, 0.7)
+
+
 def test_an_interrupted_save_leaves_the_last_one(tmp_path):
     whole = save_checkpoint(tmp_path, RunState(step=1), Files(), keep=1)
     with pytest.raises(KeyboardInterrupt):
