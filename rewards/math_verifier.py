@@ -219,7 +219,7 @@ def compare(gold: str, answer: str, boxed: bool) -> Message:
     if not boxed and not answers and "\\" not in answer:
         answers = _found_in(answer)
     percent = "%" in gold + answer or "percent" in answer  # 28 % is 28 as well as 0.28 to math-verify
-    equal = _same_linear(golds, answers)
+    equal = _same_equation(golds, answers)
     if equal is None:
         equal = bool(answers) and (percent or not _differ_at_a_point(golds, answers)) and verify(golds, answers)
     if not equal:
@@ -274,36 +274,38 @@ def _differ_at_a_point(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool
     return False
 
 
-def _same_linear(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool | None:
-    """Whether two linear equations have the same solutions: whether they are multiples of each other. Else None.
+def _same_equation(golds: Sequence[Basic], answers: Sequence[Basic]) -> bool | None:
+    """Whether two polynomial equations over the rationals have the same (complex) solutions; None for anything else.
 
-    Exact, and without `solve` and `simplify`, which take math-verify fifty times as long.
+    Exact: they do if their polynomials without repeated factors are multiples of each other (the Nullstellensatz).
+    math-verify, which asks `simplify` and `solve`, takes fifty times as long.
     """
-    from sympy import Eq, Expr, Poly, PolynomialError, Rational
+    from sympy import QQ, Eq, Expr, Poly
+    from sympy.polys.polyerrors import BasePolynomialError
 
     sides = []
     for formulas in (golds, answers):
         if len(formulas) != 1 or not isinstance(formulas[0], Eq):
             return None
         left, right = formulas[0].lhs, formulas[0].rhs
-        if not isinstance(left, Expr) or not isinstance(right, Expr) or not (left - right).free_symbols:
+        if not isinstance(left, Expr) or not isinstance(right, Expr):
             return None
-        sides.append(left - right)
-    names = sorted(sides[0].free_symbols | sides[1].free_symbols, key=str)
+        sides.append((left, right))
     try:
-        gold, answer = (Poly(side, *names) for side in sides)
-    except PolynomialError:  # sin x = y, f(x) = x
+        differences = [left - right for left, right in sides]
+        names = sorted(differences[0].free_symbols | differences[1].free_symbols, key=str)
+        gold, answer = (Poly(difference, *names) for difference in differences)
+    except (BasePolynomialError, TypeError):  # sin x = y, f(x) = x, 1 = 1, matrices
         return None
-    if gold.total_degree() != 1 or answer.total_degree() != 1:
-        return None
-    terms = [*(tuple(int(i == j) for j in range(len(names))) for i in range(len(names))), (0,) * len(names)]
-    gold_factors, answer_factors = ([poly.coeff_monomial(term) for term in terms] for poly in (gold, answer))
-    if not all(isinstance(factor, Rational) for factor in (*gold_factors, *answer_factors)):
-        return None
-    first = next(n for n, factor in enumerate(gold_factors) if factor != 0)
-    scale = answer_factors[first] / gold_factors[first]
-    return bool(scale != 0) and all(a == scale * g for g, a in zip(gold_factors, answer_factors, strict=True))
+    for poly in (gold, answer):
+        if not (poly.domain.is_ZZ or poly.domain.is_QQ) or not 1 <= poly.total_degree() <= MAX_DEGREE:
+            return None
+    gold, answer = (poly.set_domain(QQ).sqf_part().monic() for poly in (gold, answer))
+    return gold == answer
 
+
+MAX_DEGREE = 12
+"""Of polynomial equations that are compared exactly."""
 
 _PLAIN = re.compile(r"[\d\s.,+\-*/^()%]+")
 """Arithmetic that is no LaTeX: read as text where it does not parse as a formula."""
