@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ import pytest
 # Before torch is imported. On models of these sizes a second thread does little but spin at barriers: engine tests that
 # take a minute with one thread take eight with two that share their cores with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two processes none should begin the longest file when the other has ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_quickstart.py", item.path not in slow))
 
 
 class WandbFile:
@@ -57,3 +65,16 @@ class WandbFile:
 def wandb_file() -> type[WandbFile]:
     """The reader of W&B's own files."""
     return WandbFile
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished quickstart: MEMENTO_QUICKSTART, or a small one that is run once for all tests."""
+    if finished := os.environ.get("MEMENTO_QUICKSTART"):
+        return Path(finished)
+    out = tmp_path_factory.mktemp("run") / "quickstart"
+    command = [sys.executable, "-m", "memento.cli", "quickstart", "--size", "small", "--out", str(out)]
+    repository = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    return out
