@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from memento.config import ProblemsConfig
 from memento.errors import UserError
@@ -91,49 +92,56 @@ def load(config: ProblemsConfig, *, exclude: Iterable[Loaded] = ()) -> Loaded:
         UserError: no such source; a bad row (with its place) unless ``skip_bad``; two problems of one id in a file of
             our own; or nothing left.
     """
-    if config.arithmetic is not None:
-        found = _generated(config)
-        bad: list[BadProblem] = []
-    else:
-        assert config.path is not None  # the schema asks for one of the two
-        items = list(
-            read_located(
-                config.path,
-                set_name=config.set,
-                columns=config.columns,
-                kind=config.kind,
-                subset=config.subset,
-                split=config.split,
-            )
-        )
-        found = [item for item in items if isinstance(item, LocatedProblem)]
-        bad = [item for item in items if isinstance(item, BadProblem)]
+    items = list(_read(config) if config.arithmetic is None else _generated(config))
+    found = [_Found(normalised(item.problem.prompt), item) for item in items if isinstance(item, LocatedProblem)]
+    bad = [item for item in items if isinstance(item, BadProblem)]
     if bad and not config.skip_bad:
         raise UserError(
-            f"{bad[0].where}: {bad[0].why}. ({len(bad)} of {len(bad) + len(found)} rows are bad; "
+            f"{bad[0].where}: {bad[0].why}. ({len(bad)} of {len(items)} rows are bad; "
             "problems.skip_bad=true leaves them out.)"
         )
     others = [*exclude, *(load(_elsewhere(source)) for source in config.exclude)]
-    left, loaded = _once_each(found), len(found) + len(bad)
-    held_out = [item for item in left if _is_among(item.problem, others)]
-    kept = [item for item in left if not _is_among(item.problem, others)][: config.count]
+    contradicted = _contradicted(found)
+    settled = [one for one in found if one.prompt not in contradicted]
+    unique = _once_each(settled)
+    left = [one for one in unique if not _is_among(one, others)]
+    excluded = len(unique) - len(left)
+    kept = left[: config.count]
     if not kept:
-        reason = f"all {len(held_out)} are also in what is held out" if held_out else f"{loaded} rows, none of use"
+        reason = f"all {excluded} are also in what is held out" if excluded else f"{len(items)} rows, none of use"
         raise UserError(f"{config.path} holds no problems ({reason}).")
-    conflicts = _conflicting(found)
     instruct = config.instruction
     return Loaded(
         problems=tuple(
-            with_instruction(item.problem, item.instruction if instruct is None else instruct) for item in kept
+            with_instruction(one.item.problem, one.item.instruction if instruct is None else instruct) for one in kept
         ),
-        where={item.problem.id: item.where for item in kept if item.where},
-        read=loaded,
-        duplicates=len(found) - len(left) - sum(normalised(item.problem.prompt) in conflicts for item in found),
-        conflicts=sum(normalised(item.problem.prompt) in conflicts for item in found),
-        excluded=len(held_out),
+        where={one.item.problem.id: one.item.where for one in kept if one.item.where},
+        read=len(items),
+        duplicates=len(settled) - len(unique),
+        conflicts=len(found) - len(settled),
+        excluded=excluded,
         bad=tuple(f"{item.where}: {item.why}" for item in bad),
-        prompts=frozenset(normalised(item.problem.prompt) for item in kept),
-        ids=frozenset((item.problem.source, item.problem.id) for item in kept if item.problem.source),
+        prompts=frozenset(one.prompt for one in kept),
+        ids=frozenset((one.item.problem.source, one.item.problem.id) for one in kept if one.item.problem.source),
+    )
+
+
+class _Found(NamedTuple):
+    """A problem, and its prompt as it is compared."""
+
+    prompt: str
+    item: LocatedProblem
+
+
+def _read(config: ProblemsConfig) -> Iterator[LocatedProblem | BadProblem]:
+    assert config.path is not None  # the schema asks for this or for generated ones
+    return read_located(
+        config.path,
+        set_name=config.set,
+        columns=config.columns,
+        kind=config.kind,
+        subset=config.subset,
+        split=config.split,
     )
 
 
@@ -153,36 +161,36 @@ def _elsewhere(source: str) -> ProblemsConfig:
     return ProblemsConfig(path=source, skip_bad=True)
 
 
-def _conflicting(found: Sequence[LocatedProblem]) -> set[str]:
-    """Normalised prompts under which different answers stand."""
+def _contradicted(found: Sequence[_Found]) -> set[str]:
+    """Prompts under which different answers stand."""
     golds: dict[str, set[str]] = {}
-    for item in found:
-        gold = item.problem.answer
-        if gold is not None:
-            golds.setdefault(normalised(item.problem.prompt), set()).add(normalised(gold))
+    for prompt, item in found:
+        if item.problem.answer is not None:
+            golds.setdefault(prompt, set()).add(normalised(item.problem.answer))
     return {prompt for prompt, answers in golds.items() if len(answers) > 1}
 
 
-def _once_each(found: Sequence[LocatedProblem]) -> list[LocatedProblem]:
-    conflicts, seen = _conflicting(found), set[str]()
-    kept: dict[str, LocatedProblem] = {}
-    for item in found:
-        prompt, name = normalised(item.problem.prompt), item.problem.id
-        if prompt in conflicts or prompt in seen:
+def _once_each(found: Sequence[_Found]) -> list[_Found]:
+    """The first problem of every prompt. Raises UserError where two of them have one id."""
+    prompts = set[str]()
+    kept: dict[str, _Found] = {}
+    for one in found:
+        if one.prompt in prompts:
             continue
+        name = one.item.problem.id
         if name in kept:
             raise UserError(
-                f"the id {name!r} occurs more than once, at {kept[name].where} and at {item.where}, for different "
-                "problems; every problem needs its own."
+                f"the id {name!r} occurs more than once, at {kept[name].item.where} and at {one.item.where}, for "
+                "different problems; every problem needs its own."
             )
-        seen.add(prompt)
-        kept[name] = item
+        prompts.add(one.prompt)
+        kept[name] = one
     return list(kept.values())
 
 
-def _is_among(problem: Problem, others: Sequence[Loaded]) -> bool:
-    prompt = normalised(problem.prompt)
+def _is_among(one: _Found, others: Sequence[Loaded]) -> bool:
+    problem = one.item.problem
     return any(
-        prompt in other.prompts or (bool(problem.source) and (problem.source, problem.id) in other.ids)
+        one.prompt in other.prompts or (bool(problem.source) and (problem.source, problem.id) in other.ids)
         for other in others
     )
