@@ -13,12 +13,10 @@ complaint names a file and a line.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import random
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import NamedTuple
 from memento import code_sets
 from memento.boxed import last_boxed
 from memento.errors import UserError
+from memento.row_files import Located, json_lines, loading, numbered, parquet_rows, reading
 from memento.rows import BadRow, Fields, Row, digest, text_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -34,13 +33,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet", ".csv", ".tsv
 BOXED = "Reason step by step, and put the final answer within \\boxed{}."
 LETTER = "Reason step by step, and put the letter of the right choice within \\boxed{}."
 LETTERS = "ABCDEFGHIJ"
-
-
-class Located(NamedTuple):
-    """A row, and where it stands: ``train.jsonl, line 3``."""
-
-    where: str
-    row: Row
 
 
 # ---------------------------------------------------------------------------------------------- columns -> fields
@@ -365,43 +357,31 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
 
 
 def _read_file(path: Path) -> Iterator[Located]:
-    try:
-        if path.name.endswith(".parquet"):
-            yield from _read_parquet(path)
-        elif path.name.endswith((".csv", ".tsv")):
-            yield from _read_csv(path)
-        elif path.name.endswith(".json"):
-            yield from _read_json(path)
-        else:
-            yield from _read_jsonl(path)
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix or 'JSONL'}: {error}.") from error
+    if path.name.endswith(".parquet"):
+        found = parquet_rows(path)
+    elif path.name.endswith((".csv", ".tsv")):
+        found = _read_csv(path)
+    elif path.name.endswith(".json"):
+        found = _read_json(path)
+    else:
+        found = json_lines(path)
+    return map(_checked, found)
 
 
-def _row(value: object, where: str) -> Located:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a problem is an object with named fields, this is {str(value)[:60]!r}.")
-    return Located(where, value)
-
-
-def _read_jsonl(path: Path) -> Iterator[Located]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                says = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
-                raise UserError(f"{where}: not JSON ({says}).") from error
-            yield _row(value, where)
+def _checked(located: Located) -> Located:
+    if not isinstance(located.row, dict):
+        raise UserError(
+            f"{located.where}: a problem is an object with named fields, this is {str(located.row)[:60]!r}."
+        )
+    return located
 
 
 def _read_json(path: Path) -> Iterator[Located]:
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}). One object a line is JSONL: call it .jsonl.") from error
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
@@ -409,12 +389,12 @@ def _read_json(path: Path) -> Iterator[Located]:
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of objects.")
     for number, row in enumerate(value, 1):
-        yield _row(row, f"{path}, entry {number}")
+        yield Located(f"{path}, entry {number}", row)
 
 
 def _read_csv(path: Path) -> Iterator[Located]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
             for row in reader:
@@ -423,45 +403,19 @@ def _read_csv(path: Path) -> Iterator[Located]:
             raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Located]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow, which comes with memento-rl[cpu].") from error
-    try:
-        number = 0
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _row(row, f"{path}, row {number}")
-    except ArrowException as error:
-        raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from error
-
-
 def _read_hub(known: HubSet) -> Iterator[Located]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{known.id}: reading the hub needs `datasets`, which comes with memento-rl[cpu].") from error
     where = "/".join(filter(None, (known.id, known.subset)))
-    try:
+    advice = "Without a network, give a file or folder that was downloaded before."
+    with loading(f"the hub data set {where} cannot be loaded", advice) as datasets:
         if known.files:
             files = [f"hf://datasets/{known.id}/{file}" for file in known.files]
             loaded = datasets.load_dataset("json", data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(known.id, known.subset, split=known.split or None)
-    except Exception as error:  # network, licence gate, no such set, a split that is not there: all end the same way
-        raise UserError(
-            f"the hub data set {where} cannot be loaded: {str(error).strip().splitlines()[0][:300]} Without a network, "
-            "give a file or folder that was downloaded before."
-        ) from error
     if isinstance(loaded, dict):
         if len(loaded) > 1:
             raise UserError(
                 f"the hub data set {where} has the splits {', '.join(map(str, loaded))}; choose one with `split`."
             )
         loaded = next(iter(loaded.values()))
-    for number, row in enumerate(loaded, 1):
-        yield _row(row, f"{where}, row {number}")
+    yield from numbered(loaded, where)

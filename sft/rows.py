@@ -21,7 +21,6 @@ and counted, by the reasons in `REASONS`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 
 from memento.errors import UserError
 from memento.format import BLOCK_END, BLOCK_START, DELIMITERS, SUMMARY_END, SUMMARY_START, MementoFormat, parse
+from memento.row_files import Located, json_lines, loading, numbered, parquet_rows
 
 REASONS = {
     "empty": "no text in the problem or the response",
@@ -83,60 +83,32 @@ def read_rows(data: Path | str, *, dropped: Counter[str] | None = None, streamin
             something else. The message names file and line.
     """
     counts: Counter[str] = Counter() if dropped is None else dropped
-    for raw, where in _raw_rows(data, streaming):
+    for where, raw in _raw_rows(data, streaming):
         try:
             yield to_row(raw, where)
         except _Unusable as reason:
             counts[str(reason)] += 1
 
 
-def _raw_rows(data: Path | str, streaming: bool) -> Iterator[tuple[Any, str]]:
+def _raw_rows(data: Path | str, streaming: bool) -> Iterator[Located]:
     path = Path(data)
     if path.is_file() and path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for raw in batch.to_pylist():
-                number += 1
-                yield raw, f"{path}, row {number}"
-        return
-    if path.is_file() or (path.suffix in (".jsonl", ".json", ".parquet") and not path.is_dir()):
-        yield from _json_lines(path)
-        return
-    yield from _data_set(data, streaming)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    if not path.is_file():
+        return parquet_rows(path)
+    if path.is_file():
+        return json_lines(path)
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_dir():
         raise UserError(f"no data file at {path}. `data` takes a JSONL or Parquet file, a folder, or a hub id.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line), f"{path}, line {number}"
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
+    return numbered(_data_set(data, streaming), str(data))
 
 
-def _data_set(data: Path | str, streaming: bool) -> Iterator[tuple[Any, str]]:
-    import datasets
-
+def _data_set(data: Path | str, streaming: bool) -> Any:
     name, subset, split = split_source(str(data))
-    try:
+    advice = "`data` takes a JSONL or Parquet file, a folder or a hub id, with :subset and @split if it has several."
+    with loading(f"cannot load the data set {data}", advice) as datasets:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            loaded: Any = datasets.load_from_disk(name)
-            rows: Any = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
-    except Exception as error:  # many kinds: no network, no such set, subset or split
-        raise UserError(
-            f"cannot load the data set {data}: {error}. `data` takes a JSONL or Parquet file, a folder or a hub id, "
-            "with :subset and @split if it has several."
-        ) from error
-    for number, raw in enumerate(rows):
-        yield raw, f"{data}, row {number}"
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
 
 
 def split_source(data: str) -> tuple[str, str | None, str]:
