@@ -51,13 +51,17 @@ def flex_attention(
                 'implementation "flex" has no backward pass on the CPU; leave the implementation out there'
             )
         q, k, v = (x.detach() for x in (q, k, v))  # it refuses leaves that require gradients even where none are taken
-    return compiled()(q, k, v, block_mask=visibility.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return compiled(q.device.type)(q, k, v, block_mask=visibility.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
-def compiled() -> Callable[..., torch.Tensor]:
-    """FlexAttention's generated kernel; without compilation it would materialise all scores."""
-    return torch.compile(torch_flex_attention)
+def compiled(device_type: str) -> Callable[..., torch.Tensor]:
+    """FlexAttention's generated kernel; without compilation it would materialise all scores.
+
+    On the CPU each shape is compiled for itself: where a size is a variable, torch 2.13 generates C++ that does not
+    compile ("cur_qSplitSize8 was not declared").
+    """
+    return torch.compile(torch_flex_attention, dynamic=False if device_type == "cpu" else None)
 
 
 def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
