@@ -51,7 +51,8 @@ def flex_attention(
                 'implementation "flex" has no backward pass on the CPU; leave the implementation out there'
             )
         q, k, v = (x.detach() for x in (q, k, v))  # it refuses leaves that require gradients even where none are taken
-    return compiled(q.device.type)(q, k, v, block_mask=visibility.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    attend, grouped = compiled(q.device.type), q.shape[1] != k.shape[1]
+    return attend(q, k, v, block_mask=visibility.block_mask, scale=scale, enable_gqa=grouped)
 
 
 @cache
