@@ -66,7 +66,7 @@ def test_the_block_mask_covers_the_mask_and_calls_full_only_what_is(name: str) -
 
 @pytest.mark.parametrize("name", ["trace", "two rows", "everything"])
 def test_eager_reference_gives_the_dense_twin(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "compiled", lambda: eager)
+    monkeypatch.setattr(flex, "compiled", lambda _device: eager)
     q, k, v = qkv(ROWS[name])
     found = attend(q, k, v, ROWS[name], implementation="flex")
     exact = attend(q.double(), k.double(), v.double(), ROWS[name], implementation="dense")
