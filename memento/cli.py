@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import memento
-from memento.errors import RunFailed, UserError
+from memento.errors import RunFailed, UserError, disk_is_full
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,6 +201,7 @@ def evaluate(
     Example: `memento evaluate runs/rl/hf --problems held_out.jsonl --samples 4 --out result.json`
     """
     from memento.rl.evaluate import evaluate_model, result_table
+    from memento.run import replace_text
     from memento.trajectory import SamplingParams
 
     _refuse_existing(out)
@@ -224,8 +225,7 @@ def evaluate(
     )
     _console().print(result_table(result))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        replace_text(out, result.model_dump_json(indent=2) + "\n")
 
 
 @app.command()
@@ -527,6 +527,7 @@ def inspect(
 
     Example: `memento inspect microsoft/OpenMementos --limit 2000 --tokenizer Qwen/Qwen3-8B --plot mementos.png`
     """
+    from memento.run import replace_text
     from memento.sft.inspection import inspect_data, plot_inspection, tables
 
     _refuse_existing(out)
@@ -535,8 +536,7 @@ def inspect(
     if plot is not None:
         typer.echo(f"plot: {plot_inspection(found, plot)}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.model_dump_json(indent=2, exclude={"values"}) + "\n", encoding="utf-8")
+        replace_text(out, found.model_dump_json(indent=2, exclude={"values"}) + "\n")
 
 
 @app.command()
@@ -705,6 +705,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except RunFailed as error:
         typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        file = getattr(error, "filename", None)
+        where = f" ({file})" if file else ""
+        typer.echo(f"failed: the disk is full{where}. Make room, and give the same command again.", err=True)
         sys.exit(1)
 
 

@@ -7,13 +7,12 @@ phases as processes.
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from memento.config import load_config
-from memento.errors import RunFailed, UserError
+from memento.errors import RunFailed, UserError, disk_is_full
 from memento.run import RunStopped
 
 
@@ -49,10 +48,11 @@ def run_config(
         return 1
     except RunStopped as stopped:
         return int(stopped.code or 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not disk_is_full(error):
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        file = getattr(error, "filename", None)
+        where = f" ({file})" if file else ""
         print(
             f"failed: the disk is full{where}. Make room, or save less (save_rollouts=sample, checkpoint.keep=1), and "
             "go on with --resume.",

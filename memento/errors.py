@@ -1,6 +1,8 @@
-"""The error a user can cause and fix, and the one that ends a run."""
+"""The error a user can cause and fix, the one that ends a run, and the one of a full disk."""
 
 from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -16,3 +18,12 @@ class RunFailed(RuntimeError):
 
     The message says where what it saved lies; the last good checkpoint is intact.
     """
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write was refused because the disk, or the user's share of it, is full.
+
+    safetensors has an error of its own for it.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)

@@ -9,7 +9,6 @@ Everything on the page is read from files of the folder; what is not there is le
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +21,7 @@ from memento import charts, results, view
 from memento.charts import Series
 from memento.errors import UserError
 from memento.results import QuickstartResults
+from memento.run import replace_text
 from memento.trajectory import RewardResult, ScoredGroup, Trajectory
 
 Row = dict[str, float | None]
@@ -144,9 +144,7 @@ def write_report(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; a report is written into a run folder.")
     file = folder / "report.html"
-    draft = folder / f".report.{os.getpid()}"
-    draft.write_text(report_page(folder), encoding="utf-8")
-    os.replace(draft, file)
+    replace_text(file, report_page(folder))
     return file
 
 
@@ -210,7 +208,9 @@ def _result_section(outcome: QuickstartResults) -> str:
     head = "".join(f'<th class="num wrap">{name}</th>' for name in results.TEMPERATURES.values())
     body = ""
     for row, model in results.ROWS.items():
-        cells = "".join(f'<td class="num">{results.percent(outcome.cell(row, t))}</td>' for t in results.TEMPERATURES)
+        # On a narrow screen the error may stand below its value, but not half of it.
+        figures = [results.percent(outcome.cell(row, t)).replace("± ", "±&nbsp;") for t in results.TEMPERATURES]
+        cells = "".join(f'<td class="num">{figure}</td>' for figure in figures)
         body += f"<tr{' class=key' if row == 'rl_evicted' else ''}><td>{escape(model.label)}</td>{cells}</tr>"
     return (
         f"<h2>Result</h2><p>{escape(results.caption(outcome))}.</p>"

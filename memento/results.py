@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from memento.errors import UserError
 from memento.problems import Record, explain
-from memento.run import read_metrics
+from memento.run import read_metrics, replace_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -192,7 +192,7 @@ def _read(path: Path, schema: type[_Model]) -> _Model:
 
 def write_results(results: QuickstartResults, path: str | Path) -> None:
     """Write ``results.json``."""
-    Path(path).write_text(results.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    replace_text(Path(path), results.model_dump_json(indent=2, exclude_none=True) + "\n")
 
 
 def read_results(path: str | Path) -> QuickstartResults:

@@ -84,6 +84,10 @@ MAY_DIFFER = (
 )
 """Keys of a config that may change on resume: none of them touches what has been trained so far, or what is sampled."""
 
+SAME_WISH_S = 5.0
+"""A second SIGTERM within so many seconds is the same wish: `ray job stop` sends it to a program and to its children,
+and a program like `memento quickstart` hands it to them as well."""
+
 HEADLINE: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward/mean", ".3f"),
     ("eval", "eval/accuracy", ".3f"),
@@ -129,6 +133,7 @@ class Run:
         self._started = self._logged = time.monotonic()
         self._signal: int | None = None
         self._signals = 0
+        self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
         self._bar: Progress | None = None
         self._bar_tasks: tuple[TaskID, TaskID] = (TaskID(0), TaskID(0))
@@ -160,7 +165,7 @@ class Run:
         if occupied:
             run_id = _add_resume(folder, environment)
             if to_yaml(config) != (folder / "config.yaml").read_text(encoding="utf-8"):
-                _replace(folder / "config.yaml", to_yaml(config))
+                replace_text(folder / "config.yaml", to_yaml(config))
         else:
             run_id = secrets.token_hex(4)
             _make_folder(folder, config, {"run_id": run_id, **environment})
@@ -259,9 +264,11 @@ class Run:
         raise RunStopped(128 + number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM == self._signal and time.monotonic() - self._signalled < SAME_WISH_S:
+            return
         self._signals += 1
         if self._signals == 1:
-            self._signal = number
+            self._signal, self._signalled = number, time.monotonic()
             # No console here: rich is not safe inside a signal handler that may interrupt it.
             os.write(2, b"\nStopping: a checkpoint is written first. Once more stops at once.\n")
         elif self._signals == 2:
@@ -309,7 +316,7 @@ class Run:
         summary = {"status": status, "last": self._last, "seconds": self._totals}
         if status == "failed":
             summary["error"] = f"{kind.__name__ if kind else ''}: {error}"
-        _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if status == "failed":
             self._tracker.alert("Run failed", summary["error"][:2000])
         self._tracker.finish(0 if kind is None else 1)
@@ -358,7 +365,7 @@ def _keep_before(file: Path, step: int) -> list[dict[str, Any]]:
             continue  # half a line, from a process that was killed while it wrote
         if row["step"] < step:
             kept.append(row)
-    _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 
@@ -439,7 +446,7 @@ def _add_resume(folder: Path, environment: dict[str, Any]) -> str:
         # Only a record for people; its loss must not keep a run from going on. The id is then the folder's own.
         first = dict[str, Any](run_id=hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest())
     first.setdefault("resumes", []).append(environment)
-    _replace(file, json.dumps(first, indent=2) + "\n")
+    replace_text(file, json.dumps(first, indent=2) + "\n")
     return str(first["run_id"])
 
 
@@ -451,11 +458,18 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         return {}  # the earlier process was killed before it wrote one
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new one."""
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that it has the old content or the new one, also on a full disk. Makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a write has none of its own
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _resume_command(out: Path) -> str:

@@ -26,7 +26,7 @@ from memento import charts
 from memento.config import FormatConfig, RlConfig
 from memento.errors import UserError
 from memento.format import NEVER, Eviction, MementoFormat, parse
-from memento.run import load_run_config
+from memento.run import load_run_config, replace_text
 from memento.trajectory import RewardResult, Trajectory, read_scored
 
 if TYPE_CHECKING:
@@ -397,7 +397,8 @@ code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monosp
 details summary{cursor:pointer;color:var(--muted)}
 @media (max-width:640px){.figures{grid-template-columns:minmax(0,1fr)}
 body{padding:18px 14px 48px;font-size:14px}h1{font-size:22px}h2{margin-top:34px}
-th,td{padding:5px 7px}.trace{padding:10px 11px;font-size:12px}.facts td:first-child{white-space:normal;width:32%}}
+th,td{padding:5px}.num{white-space:normal}
+.trace{padding:10px 11px;font-size:12px}.facts td:first-child{white-space:normal;width:32%}}
 @media print{.time{display:none}}
 """
 
@@ -531,5 +532,5 @@ def view_file(
     if html is None:
         print_view(view, console)
         return
-    Path(html).write_text(view_page(view), encoding="utf-8")
+    replace_text(Path(html), view_page(view))
     console.print(f"wrote {html}")

@@ -9,7 +9,6 @@ end-of-sequence id, and a model card with the run's configuration and results. I
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import memento
 from memento.config import FormatConfig, RlConfig, to_yaml
-from memento.errors import UserError
+from memento.errors import UserError, disk_is_full
 from memento.format import DELIMITERS
 from memento.preflight import load_tokenizer
 from memento.problems import Record
@@ -108,7 +107,7 @@ def export_run(
         os.replace(aside, out)  # replaces an empty folder, fails on any other
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise UserError(f"the disk of {out.parent} is full: make room, or choose another --out.") from error
         raise
     return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,25 @@ def test_doctor_reports_and_fails_only_for_problems(
     checks.append(doctor.Check("vLLM", "problem", "missing", "install it"))
     code, out, _ = run(capsys, "doctor")
     assert code == 1 and "install it" in out
+
+
+FULL = """
+mount -t tmpfs -o size=8k none "$1" || exit 77
+echo '{"step": 1, "reward/mean": 0.5}' > "$1/metrics.jsonl"
+"$2" -m memento.cli report "$1"
+code=$?
+ls -A "$1"
+exit $code
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_no_half_file(tmp_path: Path) -> None:
+    apart = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    command = [*apart, "sh", "-c", FULL, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("no file system can be mounted here")
+    assert done.returncode == 1 and done.stdout.split() == ["metrics.jsonl"], done.stdout + done.stderr
+    assert "the disk is full" in done.stderr and "report.html" in done.stderr and done.stderr.count("\n") == 1

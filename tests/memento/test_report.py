@@ -128,7 +128,7 @@ def test_quickstart_report(tmp_path: Path, groups: Sequence[ScoredGroup], tokeni
     assert file == tmp_path / "report.html"
     check_page(page)
     for part in (
-        "30.0 ± 1.0",
+        "30.0 ±&nbsp;1.0",
         "Reward and held-out accuracy",
         "Training loss",
         "KV sawtooth",

@@ -174,6 +174,7 @@ with Run.open(config) as run:
         with run.phase("work"):
             time.sleep(0.02)
         if run.stopping and sys.argv[2] == "polite":
+            time.sleep(1)
             run.say("saved")
             run.stop()
 """
@@ -184,7 +185,9 @@ with Run.open(config) as run:
     [
         ([signal.SIGINT], "polite", 130, "stopped"),
         ([signal.SIGTERM], "polite", 143, "stopped"),
-        ([signal.SIGTERM, signal.SIGTERM], "deaf", 143, "stopped"),
+        ([signal.SIGINT, signal.SIGINT], "deaf", 130, "stopped"),
+        ([signal.SIGTERM, signal.SIGINT], "deaf", 130, "stopped"),
+        ([signal.SIGTERM, signal.SIGTERM], "polite", 143, "stopped"),  # one wish that came twice
     ],
 )
 def test_signals_stop_the_run(

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from memento.config import FormatConfig
+from memento.errors import UserError
 from memento.format import MementoFormat, evictions
 from memento.rollout import eviction_args
-from memento.rollout.serve import serve_command
+from memento.rollout.serve import check_port, serve_command
 
 
 def test_the_command_line_says_what_eviction_args_says() -> None:
@@ -37,6 +38,18 @@ def test_the_command_line_says_what_eviction_args_says() -> None:
     arguments = AsyncEngineArgs.from_cli_args(parsed)
     for name, value in eviction_args(fmt).items():
         assert getattr(arguments, name) == value, name
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for flags in (["--port", port], [f"--port={port}", "--host", "127.0.0.1", "--max-model-len", "64"]):
+            with pytest.raises(UserError, match=f"port {port} is in use.*--port"):
+                check_port(flags)
+        check_port(["--uds", "/tmp/socket", "--port", port])
+    check_port(["--port", port, "--enforce-eager"])
 
 
 REQUESTS = 64
