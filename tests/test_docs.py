@@ -21,26 +21,62 @@ from memento.config import load_config
 from memento.reference import FILES, REFERENCES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-PROGRAMS = ("memento ", "make ", "ray ", "git ", "pip ", "python ", "docker ", "kubectl ", "sbatch ", "tensorboard ")
-PROGRAMS += ("wandb ", "lm_eval ", "lighteval ", "curl ", "export ", "source ", "vllm ", "MEMENTO_PROFILE=")
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PROGRAMS = (
+    "memento",
+    "make",
+    "ray",
+    "git",
+    "cd",
+    "pip",
+    "python",
+    "pytest",
+    "docker",
+    "kubectl",
+    "sbatch",
+    "tensorboard",
+)
+PROGRAMS += ("wandb", "lm_eval", "lighteval", "curl", "export", "source", "vllm")
+
+
+def parts(line: str) -> list[str]:
+    """The commands of a line, without its comment."""
+    return [part.strip() for part in re.sub(r"\s{2,}#.*$", "", line.strip()).split(" && ")]
+
+
+def is_command(part: str) -> bool:
+    """Whether a program of ours or of others stands at its beginning, behind variables perhaps, with an argument."""
+    words = re.sub(r"^([A-Z_]+=\S+ )+", "", part).split()
+    return len(words) > 1 and words[0] in PROGRAMS
+
+
+def blocks(page: Path) -> Iterator[tuple[bool, str]]:
+    """The lines of a page's code blocks, continued ones joined: whether the block is a shell's, and the line."""
+    fence, text = None, page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fence = (line[3:].strip() or "plain") if fence is None else None
+        elif fence in ("bash", "sh"):
+            yield True, line
+        elif fence is None and line.startswith("    "):
+            yield False, line
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The command lines in a page's code blocks, comments and chained commands taken apart."""
-    inside = False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if line.startswith("```"):
-            inside = line.startswith(("```bash", "```sh")) if not inside else False
-            continue
-        if not (inside or (page.name == "README.md" and line.startswith("    "))):
-            continue
-        for part in re.sub(r"\s{2,}#.*$", "", line.strip()).split(" && "):
-            if part.startswith(PROGRAMS) and (inside or "..." not in part):
-                yield part
+    """The command lines in a page's code blocks, fenced or indented, chained commands taken apart."""
+    for _, line in blocks(page):
+        yield from (part for part in parts(line) if is_command(part) and not part.startswith("cd "))
 
 
-ALL = sorted({command for page in PAGES if page.name != "LOG.md" for command in commands(page)})
+def mentions(page: Path) -> Iterator[str]:
+    """Commands within a sentence or a table."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    yield from (found for found in re.findall(r"`([^`\n]+)`", text) if is_command(found))
+
+
+DESCRIBED = [page for page in PAGES if page.name not in ("LOG.md", "commands.md")]
+ALL = sorted({command for page in DESCRIBED for command in commands(page)})
+MENTIONED = sorted({command for page in DESCRIBED for command in mentions(page)} - set(ALL))
 
 
 def rows() -> list[tuple[list[str], str]]:
@@ -79,21 +115,52 @@ def test_links_out_of_the_repository_are_whole() -> None:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(ALL) > 40 and {"make install", "memento quickstart --out runs/quickstart"} <= set(ALL)
+    assert len(ALL) > 60 and {"make install", "memento quickstart --out runs/quickstart"} <= set(ALL)
+    assert any(command.startswith("memento annotate") and "--tokenizer" in command for command in ALL), (
+        "an indented one"
+    )
+    assert len(MENTIONED) > 30
 
 
-@pytest.mark.parametrize("command", ALL)
+def test_every_line_for_a_shell_is_a_command_that_we_know() -> None:
+    for page in DESCRIBED:
+        for shell, line in blocks(page):
+            if shell and line.strip() and not line.startswith("#"):
+                assert all(is_command(part) for part in parts(line)), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("command", [*ALL, *MENTIONED])
 def test_every_command_has_a_row(command: str) -> None:
-    assert any(fnmatchcase(command, pattern) for patterns, _ in rows() for pattern in patterns), (
+    assert any(fnmatchcase(command + end, p) for end in ("", " ") for patterns, _ in rows() for p in patterns), (
         f"{command}: say in docs/commands.md which test runs it, or what it needs"
     )
 
 
+def test_every_row_is_of_use() -> None:
+    for patterns, _ in rows():
+        for p in patterns:
+            assert any(fnmatchcase(c + end, p) for c in (*ALL, *MENTIONED) for end in ("", " ")), f"no page has {p}"
+
+
 def test_every_row_names_a_test_that_is_there() -> None:
     for patterns, text in rows():
-        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+        for file, name in named:
             assert (ROOT / file).is_file(), f"{patterns}: there is no {file}"
             assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{patterns}: {file} has no {name}"
+        for subcommand in {p.split()[1] for p in patterns if p.startswith("memento ")}:
+            sources = [(ROOT / file).read_text() for file, _ in named]
+            assert any(f'"{subcommand}"' in source for source in sources), f"none of {named} runs memento {subcommand}"
+
+
+@pytest.mark.parametrize("command", [c for c in MENTIONED if c.startswith("memento ")])
+def test_commands_within_a_sentence_exist(command: str) -> None:
+    _, name, *words = command.split()
+    cli: Any = typer.main.get_command(app)
+    assert name in cli.commands, command
+    known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+    passes_on = cli.commands[name].context_settings.get("ignore_unknown_options")
+    assert passes_on or {word for word in words if word.startswith("--")} <= known, command
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if c.startswith("memento ")])
