@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trl_grpo import grpo_config
 
 from memento.config import RlConfig
 from memento.format import kv_profile
@@ -174,7 +175,6 @@ def trl(folder: Path, lengths: Sequence[int], threads: int, steps: int, batch: i
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     torch.set_num_threads(threads)
@@ -216,29 +216,15 @@ def trl(folder: Path, lengths: Sequence[int], threads: int, steps: int, batch: i
             return loss
 
     completions = len(groups) * GROUP_SIZE
-    arguments = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=completions // batch,
-        num_generations=GROUP_SIZE,
-        max_completion_length=max(lengths),
-        max_steps=steps + 1,
+    arguments = grpo_config(
+        folder / "trl",
+        batch=batch,
+        completions=completions,
+        minibatches=1,
+        group_size=GROUP_SIZE,
+        max_tokens=max(lengths),
+        generations=steps + 1,
         learning_rate=0.0,
-        lr_scheduler_type="constant",
-        loss_type="dapo",
-        scale_rewards="group",
-        epsilon=0.2,
-        beta=0.0,
-        temperature=1.0,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        shuffle_dataset=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     tokenizer = load_tokenizer(folder / "model")
     trainer = Trainer(
