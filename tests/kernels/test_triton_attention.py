@@ -11,7 +11,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +113,6 @@ def interpreted() -> None:
         found[name] = relative_errors(case)
     found[INVISIBLE] = changes_by_an_invisible_key()
     print(json.dumps(found))
-
-
-@pytest.fixture(scope="module")
-def findings() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -249,7 +235,9 @@ def test_the_kernels_compile_for_a_gpu_without_one(
     source = ASTSource(function, signature, {(function.arg_names.index(n),): x for n, x in constants.items()}, aligned)
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+    # Hopper's asynchronous products take tiles of 64 rows; at 256 wide the registers of a backward pass hold fewer.
+    asynchronous = capability == 90 and chosen.queries >= 64
+    assert ("wgmma" if asynchronous else "mma.sync") in compiled.asm["ptx"]
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
     if capability == 90 and (assembler := PTXAS / "ptxas-blackwell").exists():
         (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
