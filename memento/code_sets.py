@@ -76,8 +76,22 @@ def mbpp(row: Row) -> Fields:
         "kind": "code",
         "prompt": f"{text_of(row, 'prompt', 'text').strip()} {ANSWER} It must pass these tests:\n\n{shown}",
         "tests": [{"setup": setup, "program": str(test)} for test in tests],
+        "entry_point": _tested_function(str(row.get("code") or ""), shown),
         "source": "mbpp",
     }
+
+
+def _tested_function(solution: str, tests: str) -> str | None:
+    """The last function of a set's own solution that its tests call. Some have the name of a built-in one: ``sum``."""
+    if not is_python(solution) or not is_python(tests):
+        return None
+    called = {
+        node.func.id
+        for node in ast.walk(_tree(tests))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    defined = [node.name for node in _tree(solution).body if isinstance(node, ast.FunctionDef) and node.name in called]
+    return defined[-1] if defined else None
 
 
 def livecodebench(row: Row) -> Fields:
@@ -169,14 +183,18 @@ def is_python(source: str) -> bool:
 def python_fault(source: str) -> str:
     """Why a text is not Python, or an empty string."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the source's own: '\d' and its like
-            ast.parse(source)
+        _tree(source)
     except SyntaxError as error:
         return f"line {error.lineno}: {error.msg}"
     except (ValueError, RecursionError, MemoryError) as error:
         return str(error) or "nested too deep"
     return ""
+
+
+def _tree(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the source's own: '\d' and its like
+        return ast.parse(source)
 
 
 def _livecodebench_test(number: int, test: Row, call: bool) -> Fields:

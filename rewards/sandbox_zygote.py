@@ -615,6 +615,9 @@ def run_solution(request):
     def find(target):
         return find_function(namespace, target) if isinstance(target, str) else objects[target]
 
+    def given(target):
+        return getattr(builtins, target) if isinstance(target, str) else objects[target]
+
     while True:
         message = receive_frame(3)
         if message is None:
@@ -622,13 +625,15 @@ def run_solution(request):
         try:
             target = find(message["target"])
             if message["do"] == "call":
-                args = decode(message["args"], objects.__getitem__)
-                kwargs = {name: decode(item, objects.__getitem__) for name, item in message["kwargs"].items()}
+                args = decode(message["args"], given)
+                kwargs = {name: decode(item, given) for name, item in message["kwargs"].items()}
                 value = target(*args, **kwargs)
             elif message["do"] == "get":
                 value = getattr(target, message["name"])
+            elif message["do"] == "truth":
+                value = bool(target)
             else:
-                value = setattr(target, message["name"], decode(message["value"], objects.__getitem__))
+                value = setattr(target, message["name"], decode(message["value"], given))
             answer = {"value": encode(value, as_object)}
         except Exception as error:
             answer = {"raised": type(error).__name__, "text": str(error)[:300]}
@@ -686,9 +691,10 @@ def refused(name):
 
 
 class Remote:
-    """A function or an object of the solution's. It can be called, and its attributes read and set: nothing else.
+    """A function or an object of the solution's. It can be called, and its attributes read and set.
 
-    Comparing it, asking for its truth or its length raises: those answers would be the solution's own.
+    Comparing it, or asking for its length, raises: those answers would be the solution's own. Its truth is asked, for
+    tests like ``assert matches("ab")``: a solution that lies there might have returned True.
     """
 
     def __init__(self, solution, target):
@@ -708,8 +714,16 @@ class Remote:
     def __setattr__(self, name, value):
         self._solution.ask(do="set", target=self._target, name=name, value=encode(value, as_remote))
 
+    def __bool__(self):
+        if isinstance(self._target, str):
+            raise TypeError(f"the truth of {self._target} itself; it is not called")
+        answer = self._solution.ask(do="truth", target=self._target)
+        if not isinstance(answer, bool):
+            raise SolutionGone("an answer that is no truth value")
+        return answer
 
-NOT_ASKED = "hash eq ne lt le gt ge bool len iter contains getitem index int float add radd sub mul str repr"
+
+NOT_ASKED = "hash eq ne lt le gt ge len iter contains getitem index int float add radd sub mul str repr"
 for _name in NOT_ASKED.split():
     setattr(Remote, f"__{_name}__", refused(_name))
 
@@ -717,6 +731,8 @@ for _name in NOT_ASKED.split():
 def as_remote(value):
     if isinstance(value, Remote) and isinstance(value._target, int):
         return {"object": value._target}
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return {"object": value.__name__}
     raise NotPlainData(f"the test passes a {type(value).__name__}, which is not plain data")
 
 
@@ -741,7 +757,7 @@ def run_asserts(request):
     try:
         exec(compile(request["setup"], "setup.py", "exec"), namespace)
         for name in request["remote"]:
-            namespace.pop(name, None)
+            namespace[name] = Remote(solution, name)  # also where it is a built-in's name
         exec(compile(request["asserts"], "tests.py", "exec"), namespace)
         verdict["passed"] = True
     except BaseException as error:

@@ -403,6 +403,7 @@ def test_asserts_at_fault_are_no_verdict(scorer: Scorer):
         ("def check(c):\n    assert c(1) == 1", "without asking"),
         ("assert f(lambda: 1) == 1", "not plain data"),
         ("import os\nos._exit(0)", "without a verdict"),
+        ("assert f", "fail by themselves"),
     ):
         broken = asserts(program)
         result = scorer.score(broken, right)

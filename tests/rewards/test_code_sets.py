@@ -51,34 +51,19 @@ def pairs(path: Path) -> list[tuple[Problem, str]]:
 
 
 class Mutant(ast.NodeTransformer):
-    """The n-th return statement returns `not` what it did, which equals it in no case; the n-th print prints a word."""
-
-    def __init__(self, wanted: int) -> None:
-        self.left = wanted
+    """Every return statement returns `not` what it did, which equals it in no case; every print prints a word."""
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
-        self.left -= 1
-        if self.left == -1:
-            node.value = ast.UnaryOp(ast.Not(), node.value or ast.Constant(None))
-        return node
+        return ast.Return(ast.UnaryOp(ast.Not(), node.value or ast.Constant(None)))
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         printing = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "print"
-        if not printing:
-            return node
-        self.left -= 1
-        return ast.parse("print('mutant')").body[0] if self.left == -1 else node
+        return ast.parse("print('mutant')").body[0] if printing else node
 
 
 def mutated(program: str) -> str:
-    """The program with its last result replaced."""
-    tree = ast.parse(program)
-    results = sum(
-        isinstance(node, ast.Return)
-        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
-        for node in ast.walk(tree)
-    )
-    return ast.unparse(ast.fix_missing_locations(Mutant(results - 1).visit(tree)))
+    """The program with other results."""
+    return ast.unparse(ast.fix_missing_locations(Mutant().visit(ast.parse(program))))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -125,7 +110,8 @@ def test_what_the_records_hold():
     assert test["program"].endswith("check(root)\n") and "def value_at" in test["setup"] == humaneval[1].prelude
     assert humaneval[1].entry_point == "root" and "```python" in humaneval[1].prompt
     mbpp = load_problems(FOLDER / "mbpp.jsonl")
-    assert [len(problem.tests) for problem in mbpp] == [3, 2, 2, 2]
+    assert [len(problem.tests) for problem in mbpp] == [3, 2, 2, 2, 2, 2, 3]
+    assert [problem.entry_point for problem in mbpp[2:5]] == ["height", "half", "sum"]
     assert mbpp[3].model_dump()["tests"][0] == {"setup": "import math", "program": "assert math.isclose(half(3), 1.5)"}
     assert "assert count_vowels('Banana') == 3" in mbpp[0].prompt
     stdin, call = load_problems(FOLDER / "livecodebench.jsonl")
