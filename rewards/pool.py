@@ -161,11 +161,10 @@ class RewardPool:
         submitted = await asyncio.to_thread(self.submit, problem, completions, shapes)
         return await asyncio.wrap_future(submitted)
 
-    def score_many(self, groups: Iterable[ScoreRequest | tuple[Problem, Sequence[str]]]) -> list[list[RewardResult]]:
+    def score_many(self, groups: Iterable[ScoreRequest]) -> list[list[RewardResult]]:
         """Score many groups, in order; at most `pending_groups` an actor are in flight."""
-        return [
-            _unwrapped(future) for future in [self.submit(g[0], g[1], g[2] if len(g) == 3 else None) for g in groups]
-        ]
+        submitted = [self.submit(*group) for group in groups]
+        return [_unwrapped(future) for future in submitted]
 
     def check(self, problems: Sequence[Problem] = ()) -> None:
         """Fail on custom terms that cannot be had, and on problems that no completion could ever get right.
