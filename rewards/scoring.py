@@ -67,7 +67,8 @@ class Scorer:
             UserError: a code problem where the configured sandbox is not to be had, or a format term without `shape`.
         """
         start = time.monotonic()
-        completion = completion if isinstance(completion, str) else str(completion)
+        # Lone surrogates cannot be written to a file, and what is judged is kept with the verdict.
+        completion = str(completion).encode("utf-8", "replace").decode("utf-8")
         result = self._composed(problem, completion, shape) if self.config.terms else self._score(problem, completion)
         return result.model_copy(update={"seconds": time.monotonic() - start})
 

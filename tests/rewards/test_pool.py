@@ -5,6 +5,7 @@ import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from memento.config import RewardsConfig
 from memento.errors import UserError
 from memento.problems import Problem
 from memento.rewards import RewardPool, score
+from memento.rewards.pool import ScoreRequest
 from memento.trajectory import Outcome
 
 ray = pytest.importorskip("ray")
@@ -44,8 +46,8 @@ def test_pool_scores_groups_in_order_and_counts():
             Outcome.CORRECT,
         ]
         assert [result.score for result in results] == [1.0, 0.0, 0.0, None, 1.0]
-        groups = [(HALF, [rf"\boxed{{{n}/{2 * n}}}", rf"\boxed{{{n}}}"]) for n in range(1, 80)]
-        many = pool.score_many([*groups, (ECHO, ["```python\nprint(input())\n```", "print(input())"])])
+        groups = [ScoreRequest(HALF, [rf"\boxed{{{n}/{2 * n}}}", rf"\boxed{{{n}}}"]) for n in range(1, 80)]
+        many = pool.score_many([*groups, ScoreRequest(ECHO, ["```python\nprint(input())\n```", "print(input())"])])
         assert [[result.score for result in group] for group in many] == [[1.0, 0.0]] * 80
         assert many[-1][0].metadata["isolation"] in ("namespaces", "subprocess")
         pool.check([HALF, ECHO])
@@ -56,6 +58,34 @@ def test_pool_scores_groups_in_order_and_counts():
     finally:
         pool.close()
         pool.close()
+
+
+GARBAGE: tuple[Any, ...] = (
+    "",
+    "\x00" * 1000,
+    "\ud800\udfff" * 50,
+    bytes(range(256)).decode("latin-1") * 50,
+    "x" * (1 << 20),
+    "\\boxed{" * 100_000,
+    "\\boxed{\\frac{\ud800}{" + "2" * 5000 + "}}",
+    "```python\nprint('\x00\ud800\U0010ffff')\n```",
+    "```cpp\nint main() {}\n```\n```python\nprint(",
+    b"\xff\xfe\x00",
+)
+
+
+def test_whatever_a_completion_holds_a_verdict_comes_back():
+    """Through the actor, and from there into a file."""
+    choice = Problem.model_validate({"id": "b", "kind": "choice", "prompt": "?", "answer": "B"})
+    pool = RewardPool(RewardsConfig(workers=2, timeout_s=2.0))
+    try:
+        groups = pool.score_many([ScoreRequest(problem, GARBAGE) for problem in (HALF, ECHO, choice)])
+    finally:
+        pool.close()
+    assert [len(group) for group in groups] == [len(GARBAGE)] * 3
+    for result in (result for group in groups for result in group):
+        assert result.outcome in (Outcome.WRONG, Outcome.UNPARSABLE, Outcome.TIMEOUT) and not result.score, result
+        assert type(result).model_validate_json(result.model_dump_json()) == result
 
 
 def test_score_inside_an_async_actor():
