@@ -7,18 +7,25 @@
 
 Traces have the averages of OpenMementos (MEMENTO, arXiv 2604.09852, section 2): 9 blocks of 1,150 tokens, mementos of
 194, all multiplied by `--scale`; lengths vary by `--spread`. Both engines are told every token, so both generate
-exactly the same ones; they ask for the sampled token's log-probability, as rollouts do. A pool is given in whole
-traces: `--pools 6` has room for six traces of average length at their end.
+exactly the same ones; they ask for the sampled token's log-probability, as rollouts do. A trace ends with a stop token,
+and `max_tokens` is the same for all: neither engine knows how long a request will be. A pool is given in whole traces:
+`--pools 6` has room for six traces of average length at their end.
 
 All requests arrive at once. Stock vLLM gives each its first token soon and preempts it then, so its time to first token
 (TTFT) is short and its latency long; admission by expected peaks lets requests wait instead.
 
 Each pool runs in a process of its own that holds both engines. The one that is behind runs for a second, so that both
-work to the end and a busy machine slows both; an engine's clock runs only inside its own steps. `bound` is the area of
-stock over the area of ours (KV pages held, summed over generated tokens): the ratio that a step of constant cost and
-perfect packing would give where memory binds. Overhead is measured in lockstep, one step of each engine in turn on the
-same batch in a pool that holds everything: with eviction off for each request (`off`), and on for traces without a
-block (`never`).
+work to the end and a busy machine slows both; an engine's clock runs only inside its own steps. Two ratios are given:
+of the whole run, whose end is a pool that empties (the last requests run alone), and of the time while requests wait
+for memory, which is when memory binds and the usual state of rollouts.
+
+Two bounds are given. `area` is the area of stock over the area of ours (KV pages held, summed over generated tokens):
+the ratio that a step of constant cost and perfect packing would give. But a step of more requests costs more, wherever
+something else than reading weights and KV takes time. So the cost of a step is measured in the same run, for both
+engines together, as a + b x requests, and `area and step` is what perfect packing gives at that cost.
+
+Overhead is measured in lockstep, one step of each engine in turn on the same batch in a pool that holds everything:
+with eviction off for each request (`off`), and on for traces without a block (`never`).
 """
 
 from __future__ import annotations
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
+CONTESTANTS = ("stock", "ours")
+STOP = 5
 FIRST_TEXT = 16
 """Token ids below it are delimiters and reserved; the rest is text."""
 
@@ -54,6 +63,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(hidden=64, layers=4, heads=4, kv_heads=2, head_dim=32, inner=256, vocab=512),
     # 25 M parameters: on a CPU a step costs mostly the reading of weights, as on a GPU.
     "small": dict(hidden=512, layers=8, heads=8, kv_heads=2, head_dim=64, inner=1536, vocab=4096),
+    # 16 KiB of KV a token: as with long contexts on a GPU, a step costs mostly the reading of the KV pool.
+    "long": dict(hidden=64, layers=4, heads=8, kv_heads=8, head_dim=64, inner=256, vocab=512),
     "qwen3-0.6b": dict(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, inner=3072, vocab=151936),
     "qwen3-1.7b": dict(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, inner=6144, vocab=151936),
     "qwen3-8b": dict(hidden=4096, layers=36, heads=32, kv_heads=8, head_dim=128, inner=12288, vocab=151936),
@@ -87,7 +98,7 @@ def make_scripts(args: argparse.Namespace, seed: int, blocks: bool = True) -> li
             completion += text(args.answer_tokens)
             if not blocks:
                 completion = [token if token >= FIRST_TEXT else FIRST_TEXT for token in completion]
-            scripts.append(Script(prompt, completion))
+            scripts.append(Script(prompt, [*completion, STOP]))
     return scripts
 
 
@@ -192,6 +203,31 @@ def build(args: argparse.Namespace, model: str, pages: int, *, evict: bool, max_
     return build_engine(arguments)
 
 
+class Batch(NamedTuple):
+    """One step."""
+
+    requests: int
+    """Computed in it; but for chunks of prompts each generates a token."""
+    tokens: int
+    waiting: bool
+    """Whether a request waits for memory."""
+    seconds: float
+
+
+def step_cost(batches: Sequence[Batch]) -> tuple[float, float]:
+    """Seconds of a step that only generates: a + b x requests, by least squares over the medians of equal sizes."""
+    times: dict[int, list[float]] = {}
+    for batch in batches:
+        if batch.requests == batch.tokens > 0:
+            times.setdefault(batch.requests, []).append(batch.seconds)
+    sizes = sorted(times)
+    if len(sizes) < 2:
+        return statistics.median(times[sizes[0]]) if sizes else math.nan, 0.0
+    medians, weights = [statistics.median(times[n]) for n in sizes], [math.sqrt(len(times[n])) for n in sizes]
+    slope, start = np.polyfit(sizes, medians, 1, w=weights)
+    return float(start), float(slope)
+
+
 class Contestant:
     """An engine, its clock, and what is watched between its steps."""
 
@@ -205,8 +241,9 @@ class Contestant:
 
             self._synchronize = torch.cuda.synchronize
         self._clock = time.process_time if args.clock == "cpu" else time.perf_counter
-        self._preempt = self.scheduler._preempt_request
+        self._preempt, self._schedule = self.scheduler._preempt_request, self.scheduler.schedule
         self.scheduler._preempt_request = self._count_preemption
+        self.scheduler.schedule = self._note_batch
         self.reset()
 
     def reset(self) -> None:
@@ -216,10 +253,16 @@ class Contestant:
         self.finished_s: dict[str, float] = {}
         self.running = self.used = 0.0
         self.evictions = 0
+        self.batches: list[Batch] = []
 
     def _count_preemption(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.preempted.append(request.request_id)
         return self._preempt(request, *args, **kwargs)
+
+    def _note_batch(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._schedule(*args, **kwargs)
+        self._batch = len(output.num_scheduled_tokens), output.total_num_scheduled_tokens
+        return output
 
     def add(self, scripts: Sequence[Script], **control: Any) -> None:
         from vllm import SamplingParams
@@ -234,7 +277,8 @@ class Contestant:
                 extra["memento"] = control
             params = SamplingParams(
                 temperature=0.0,
-                max_tokens=len(script.completion),
+                max_tokens=self._args.max_model_len - self._args.longest_prompt,
+                stop_token_ids=[STOP],
                 logprobs=0,
                 flat_logprobs=True,
                 ignore_eos=True,
@@ -259,6 +303,7 @@ class Contestant:
         self.steps += 1
         running = self.scheduler.running
         self.running += len(running)
+        self.batches.append(Batch(*self._batch, bool(self.scheduler.waiting), took))
         pool = self.scheduler.kv_cache_manager.block_pool
         self.used += 1 - pool.get_num_free_blocks() / (pool.num_gpu_blocks - 1)
         for request in running:
@@ -304,16 +349,25 @@ class Contestant:
         assert self.scheduler.reset_prefix_cache(), "the engine is not idle"
         self.add(scripts, **control)
 
+    def waiting(self) -> tuple[int, float]:
+        """Tokens generated, and seconds taken, by the steps after which a request waits for memory."""
+        binding = [batch for batch in self.batches if batch.waiting]
+        return sum(batch.requests for batch in binding), sum(batch.seconds for batch in binding)
+
     def summary(self, scripts: Sequence[Script]) -> dict[str, Any]:
+        tokens, seconds = self.waiting()
         ttft = sorted(self.first_token_s.values())
         latency = sorted(self.finished_s.values())
         return {
             "tokens_per_s": self.tokens / self.seconds,
+            "waiting_tokens_per_s": tokens / seconds if seconds else None,
+            "waiting_share": seconds / self.seconds,
             "seconds": self.seconds,
             "tokens": self.tokens,
             "steps": self.steps,
             "step_ms": 1e3 * self.seconds / self.steps,
             "running": self.running / self.steps,
+            "computed": sum(batch.requests for batch in self.batches) / self.steps,
             "pool_use": self.used / self.steps,
             "preemptions": len(self.preempted),
             "preempted_requests": len(set(self.preempted)) / len(scripts),
@@ -337,9 +391,9 @@ def start_pair(args: argparse.Namespace, pages: int, folder: Path) -> tuple[Cont
     write_model(args, folder)
     ours = Contestant(args, "ours", build(args, str(folder), pages, evict=True, max_num_seqs=args.max_num_seqs))
     stock = Contestant(args, "stock", build(args, str(folder), pages, evict=False, max_num_seqs=args.max_num_seqs))
-    # Of the usual length, because admission learns from what has finished.
-    warm = make_scripts(argparse.Namespace(**vars(args) | {"requests": 3, "group_size": 1}), seed=10_000)
-    for contestant in (stock, ours):
+    for contestant, requests in ((stock, 3), (ours, args.warm_up)):
+        # Of the usual length, because admission learns from what has finished.
+        warm = make_scripts(argparse.Namespace(**vars(args) | {"requests": requests, "group_size": 1}), seed=10_000)
         contestant.start(warm)
         contestant.run_for(math.inf)
         contestant.check(warm)
@@ -358,8 +412,12 @@ def measure_pool(args: argparse.Namespace, traces: float, folder: Path) -> dict[
             for name, fmt in (("stock", FMT.without_eviction()), ("ours", FMT))
         }
         bound = area["stock"] / area["ours"]
+        generated = sum(len(script.completion) for script in scripts)
+        # Requests at once in a pool that is always full, less vLLM's null page.
+        at_once = {name: min((pages - 1) * generated / pages_held, args.requests) for name, pages_held in area.items()}
         for contestant in (stock, ours):
             contestant.start(scripts)
+        sat_out = ours.scheduler._manager.admission.sat_out if ours.scheduler._manager.admission else 0
         while running := [contestant for contestant in (stock, ours) if contestant.busy]:
             # Whoever is behind: so both are at work to the end, whatever else the machine does meanwhile.
             min(running, key=lambda contestant: contestant.running).run_for(args.slice_s)
@@ -369,7 +427,15 @@ def measure_pool(args: argparse.Namespace, traces: float, folder: Path) -> dict[
             contestant.check(scripts)
         results = {c.name: c.summary(scripts) for c in (stock, ours)}
         ratio = results["ours"]["tokens_per_s"] / results["stock"]["tokens_per_s"]
-        rounds.append({"ratio": ratio, "bound": bound, "of_bound": ratio / bound, **results})
+        start, each = step_cost([*stock.batches, *ours.batches])
+        cost = {name: start + each * number for name, number in at_once.items()}
+        found = {"ratio": ratio, "bound": bound, "step_bound": bound * cost["stock"] / cost["ours"]}
+        found |= {"step_start_ms": 1e3 * start, "step_request_ms": 1e3 * each}
+        waiting = [results[name]["waiting_tokens_per_s"] for name in ("ours", "stock")]
+        found["waiting_ratio"] = waiting[0] / waiting[1] if all(waiting) else None
+        admission = ours.scheduler._manager.admission
+        found["sat_out"] = 0 if admission is None else (admission.sat_out - sat_out) / generated
+        rounds.append(found | results)
     return {"traces": traces, "pages": pages, "pool_mib": pages * page_bytes(args) / 2**20, "rounds": rounds}
 
 
@@ -423,25 +489,52 @@ def middle(pool: dict[str, Any], *path: str) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The measurements as Markdown."""
+    if not result["pools"]:
+        return "\n".join(overhead_lines(result)) + "\n"
     lines = [
-        "| KV pool (whole traces) | stock tokens/s | ours tokens/s | ratio (lowest - highest) | bound | of bound | "
-        "requests at once, stock / ours | preempted requests, stock / ours | TTFT p50, stock / ours | "
-        "latency p50, stock / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| KV pool (whole traces) | tokens/s, stock / ours | ratio (lowest - highest) | while requests wait "
+        "| bound: area | reached | bound: area and step | reached | computed at once, stock / ours "
+        "| pool use, stock / ours | preempted requests, stock / ours | sat out | TTFT p50, stock / ours "
+        "| latency p50, stock / ours |",
+        "|---" * 14 + "|",
     ]
     for pool in result["pools"]:
         ratios = [round_["ratio"] for round_ in pool["rounds"]]
+        binds = all(round_["waiting_ratio"] for round_ in pool["rounds"])
+        # Where memory never binds there is nothing to reach.
+        best = middle(pool, "waiting_ratio") if binds else math.nan
+        waiting = [round_["waiting_ratio"] for round_ in pool["rounds"]] if binds else []
+        area, step = middle(pool, "bound"), middle(pool, "step_bound")
+
+        def both(name: str, style: str, pool: dict[str, Any] = pool) -> str:
+            return " / ".join(style.format(middle(pool, who, name)) for who in CONTESTANTS)
+
         lines.append(
-            f"| {pool['traces']:g} ({pool['pool_mib']:,.0f} MiB) | {middle(pool, 'stock', 'tokens_per_s'):,.0f} "
-            f"| {middle(pool, 'ours', 'tokens_per_s'):,.0f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) | {middle(pool, 'bound'):.2f} "
-            f"| {middle(pool, 'of_bound'):.0%} "
-            f"| {middle(pool, 'stock', 'running'):.1f} / {middle(pool, 'ours', 'running'):.1f} "
-            f"| {middle(pool, 'stock', 'preempted_requests'):.1%} / {middle(pool, 'ours', 'preempted_requests'):.1%} "
-            f"| {middle(pool, 'stock', 'ttft_p50_s'):.2f} s / {middle(pool, 'ours', 'ttft_p50_s'):.2f} s "
-            f"| {middle(pool, 'stock', 'latency_p50_s'):.0f} s / {middle(pool, 'ours', 'latency_p50_s'):.0f} s |"
+            f"| {pool['traces']:g} ({pool['pool_mib']:,.0f} MiB) | {both('tokens_per_s', '{:,.0f}')} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) "
+            + (f"| {best:.2f} ({min(waiting):.2f} - {max(waiting):.2f}) " if binds else "| never ")
+            + (f"| {area:.2f} | {best / area:.0%} | {step:.2f} | {best / step:.0%} " if binds else "| - " * 4)
+            + f"| {both('computed', '{:.1f}')} | {both('pool_use', '{:.0%}')} "
+            f"| {both('preempted_requests', '{:.1%}')} | {middle(pool, 'sat_out'):.1%} "
+            f"| {both('ttft_p50_s', '{:.2f} s')} | {both('latency_p50_s', '{:.0f} s')} |"
         )
+    lines += [
+        "",
+        "Reached: by the ratio while requests wait. Sat out: steps that running requests waited for a page, as a part "
+        "of the tokens generated. A step costs "
+        + "; ".join(
+            f"{middle(pool, 'step_start_ms'):.2f} ms + {middle(pool, 'step_request_ms'):.3f} ms a request "
+            f"(pool of {pool['traces']:g})"
+            for pool in result["pools"]
+        )
+        + ".",
+    ]
+    return "\n".join([*lines, *overhead_lines(result)]) + "\n"
+
+
+def overhead_lines(result: dict[str, Any]) -> list[str]:
     what = {"off": "eviction off for each request", "never": "eviction on, traces without blocks"}
+    lines: list[str] = []
     for entry in result["overhead"]:
         low, high = entry["quartiles"]
         lines += [
@@ -449,7 +542,7 @@ def table(result: dict[str, Any]) -> str:
             f"Overhead, {what[entry['kind']]}: {entry['overhead']:+.1%} a step (quartiles {low:+.1%} to {high:+.1%}; "
             f"{entry['steps']:,} steps of up to {entry['requests']} requests, stock {entry['stock_step_ms']:.2f} ms).",
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
@@ -475,6 +568,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     left.set(xlabel="KV pool (whole traces)", ylabel="tokens / s", xscale="log", ylim=(0, None))
     right.plot(x, [middle(pool, "ratio") for pool in pools], "o-", color="#0a6fb8", label="ours / stock")
     right.plot(x, [middle(pool, "bound") for pool in pools], "--", color="#888888", label="bound (area)")
+    steps = [middle(pool, "step_bound") for pool in pools]
+    right.plot(x, steps, ":", color="#888888", label="bound (area and step)")
     right.axhline(1, color="#cccccc", linewidth=1)
     right.set(xlabel="KV pool (whole traces)", ylabel="ratio of tokens / s", xscale="log", ylim=(0, None))
     for axis in (left, right):
@@ -524,7 +619,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32; on cuda bfloat16")
     parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="vLLM's model runner, of both engines")
     parser.add_argument("--graphs", action="store_true", help="compile and capture graphs (default: eager)")
-    parser.add_argument("--pools", type=float, nargs="+", default=[3.0, 6.0, 12.0, 96.0], help="in whole traces")
+    pools = [3.0, 6.0, 12.0, 96.0]
+    parser.add_argument(
+        "--pools", type=float, nargs="*", default=pools, help="in whole traces; none: only the overhead"
+    )
     parser.add_argument("--requests", type=int, help="default: 192")
     parser.add_argument("--rounds", type=int, help="sets of traces a pool; default: 3")
     parser.add_argument("--scale", type=float, help="of all lengths; default: 1/8, on cuda 1/4")
@@ -535,6 +633,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--answer-tokens", type=float, default=100)
     parser.add_argument("--spread", type=float, default=0.25, help="standard deviation of lengths over their mean")
     parser.add_argument("--group-size", type=int, default=8, help="requests that share a prompt")
+    parser.add_argument("--warm-up", type=int, default=12, help="requests from which ours learns before it is measured")
     parser.add_argument("--max-num-seqs", type=int, help="default: all requests")
     parser.add_argument("--page", type=int, help="tokens a KV page; default: 32, on cuda 16")
     parser.add_argument("--watermark", type=float, default=0.0, help="vLLM's watermark for the stock engine")
@@ -571,6 +670,7 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.max_num_seqs = args.max_num_seqs or args.requests
+    args.longest_prompt = math.ceil(args.prompt_tokens * args.scale * (1 + 6 * args.spread))
     longest = args.prompt_tokens + args.answer_tokens + args.blocks * (args.block_tokens + args.memento_tokens + 4)
     args.max_model_len = math.ceil(longest * args.scale * (1 + 6 * args.spread) / 256) * 256
     return args
@@ -611,7 +711,9 @@ def main() -> None:
     for traces in args.pools:
         result["pools"].append(in_own_process(args, "--measure-pool", str(traces)))
         pool = result["pools"][-1]
-        print(f"pool of {traces:g} traces: {middle(pool, 'ratio'):.2f}x of {middle(pool, 'bound'):.2f}x", flush=True)
+        bounds = f"{middle(pool, 'step_bound'):.2f}x (by area {middle(pool, 'bound'):.2f}x)"
+        found = f"{middle(pool, 'ratio'):.2f}x of {bounds}"
+        print(f"pool of {traces:g} traces: {found}", flush=True)
     if not args.no_overhead:
         result["overhead"] = [in_own_process(args, "--measure-overhead", kind) for kind in ("off", "never")]
     print("\n" + table(result))
@@ -619,7 +721,8 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "rollout_throughput.json").write_text(json.dumps(result, indent=1))
         (args.out / "rollout_throughput.md").write_text(table(result))
-        plot(result, args.out / "rollout_throughput.png")
+        if result["pools"]:
+            plot(result, args.out / "rollout_throughput.png")
         print(f"written: {args.out}/rollout_throughput.*")
 
 

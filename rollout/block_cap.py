@@ -10,18 +10,25 @@ goes into that list: made with the arguments of the V1 API it is a `HostBlockCap
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Processor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
 from memento.format import BlockScanner, MementoFormat
 from memento.rollout.options import EvictionOptions
 from memento.rollout.plan import EvictionFault, RequestControl, cap_reached
 
+V2_API = find_spec("vllm.v1.worker.gpu.sample.logits_processor") is not None
+"""Whether the V2 runner takes logits processors at all: from vLLM 0.31 on."""
+
+if TYPE_CHECKING or V2_API:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
+else:
+    V2Processor = object
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams

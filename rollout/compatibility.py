@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from memento.errors import UserError
@@ -125,6 +126,8 @@ def check_config(vllm_config: VllmConfig) -> None:
         "encoder-decoder models": model.is_encoder_decoder,
         f"restart mode with asynchronous scheduling ({_SYNC})": options.restart and is_async,
         f"restart mode with the V2 model runner ({_V1})": options.restart and v2,
+        f"the V2 model runner of vLLM before 0.31, which takes no logits processors ({_V1})": v2
+        and find_spec("vllm.v1.worker.gpu.sample.logits_processor") is None,
         f"KV cache dtype {cache.cache_dtype} on CPU": on_cpu and str(cache.cache_dtype).startswith("fp8"),
         f"scheduler {scheduler_cls} (use eviction_args())": not _is_ours(scheduler_cls, "scheduler"),
         f"worker {worker_cls} (use eviction_args())": not _is_ours(worker_cls, "worker"),

@@ -20,8 +20,8 @@ class EvictionOptions:
 
     fmt: the delimiters and the default eviction of every request.
     max_resident_tokens: physical tokens that one request may hold; None for as many as the pool has.
-    reserve_peaks: admit a request only if the expected peak of all running ones fits with it
-        (`memento.rollout.admission`); False is vLLM's own admission.
+    reserve_peaks: admit a request only if the expected peak of all running ones fits with it, and preempt only if
+        waiting for an eviction does not help (`memento.rollout.admission`); False is vLLM's own admission.
     restart: after an eviction compute everything behind the block again, without it. An ablation: mementos then carry
         only their text, not what they saw (MEMENTO, arXiv 2604.09852, table 3).
     """

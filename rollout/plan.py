@@ -153,6 +153,8 @@ class EvictionPlan:
         done: the most of `events` ever carried out, which `reset` keeps.
         pages_freed: pages returned by each carried-out event.
         peak_pages: the most pages ever held.
+        opened_at: content start of the block that is being written or waits for its memento, -1 if there is none.
+        closed_at: position of its ``<|block_end|>``, -1 while it is being written.
     """
 
     control: RequestControl
@@ -166,12 +168,20 @@ class EvictionPlan:
     done: int = 0
     pages_freed: dict[int, int] = field(default_factory=dict)
     peak_pages: int = 0
+    opened_at: int = -1
+    closed_at: int = -1
     scanned: int = field(init=False)
     _scanner: BlockScanner = field(init=False)
+    _delimiters: frozenset[int] = field(init=False)
+    _indifferent: bool = field(init=False)
+    """Whether no token can make a difference: nothing is evicted and no block is capped."""
 
     def __post_init__(self) -> None:
+        fmt = self.control.fmt
         self.scanned = self.control.unscanned(self.num_prompt_tokens)
-        self._scanner = BlockScanner(self.control.fmt)
+        self._scanner = BlockScanner(fmt)
+        self._delimiters = frozenset(fmt.delimiter_ids)
+        self._indifferent = not fmt.evicts and fmt.max_block_tokens is None
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """Read the tokens that arrived since the last call; `token_ids` is the whole sequence, prompt first.
@@ -179,12 +189,19 @@ class EvictionPlan:
         Raises:
             EvictionFault: if a block ran past the cap, so the logits processor that closes it is not at work.
         """
-        if self.scanned >= len(token_ids):
+        first, last = self.scanned, len(token_ids)
+        if first >= last:
             return
-        fmt, scanner = self.control.fmt, self._scanner
-        for position in range(self.scanned, len(token_ids)):
+        self.scanned = last
+        if self._indifferent:
+            return
+        fmt, scanner, delimiters = self.control.fmt, self._scanner, self._delimiters
+        capped = fmt.max_block_tokens is not None
+        for position in range(first, last):
             token = token_ids[position]
-            if position >= self.num_prompt_tokens and cap_reached(scanner, position):
+            if token not in delimiters and not (capped and scanner.block_start is not None):
+                continue  # nearly every token, once a step and request
+            if capped and position >= self.num_prompt_tokens and cap_reached(scanner, position):
                 if token != fmt.block_end:
                     raise EvictionFault(
                         f"the block cap of {fmt.max_block_tokens} tokens did not close the block at {position}: "
@@ -196,7 +213,12 @@ class EvictionPlan:
                 self.events.append(event)
             elif token == fmt.block_start and fmt.evicts and self.first_evictable == NEVER:
                 self.first_evictable = position + (0 if fmt.evict_delimiters else 1)
-        self.scanned = len(token_ids)
+            if scanner.block_start is not None:
+                self.opened_at, self.closed_at = scanner.block_start, -1
+            elif not scanner.unfinished:
+                self.opened_at = self.closed_at = -1
+            elif self.closed_at < 0:
+                self.closed_at = position
 
     def due(self, num_computed_tokens: int) -> Eviction | None:
         """The eviction that must happen before position `num_computed_tokens` is computed, if any.
@@ -232,6 +254,13 @@ class EvictionPlan:
         if distance <= 0:
             raise EvictionFault(f"{self.events[self.applied]} is due, yet position {num_computed_tokens} is scheduled")
         return distance
+
+    @property
+    def open_tokens(self) -> int:
+        """Content tokens of the block that is being written or waits for its memento."""
+        if self.opened_at < 0:
+            return 0
+        return (self.closed_at if self.closed_at >= 0 else self.scanned) - self.opened_at
 
     def resident_tokens(self, num_tokens: int) -> int:
         """Physical tokens in the cache once the first `num_tokens` tokens are computed."""

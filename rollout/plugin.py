@@ -35,8 +35,8 @@ def eviction_args(
         fmt: the delimiters and the default eviction of every request.
         max_resident_tokens: physical tokens that one request may hold; a request that outgrows them stops with finish
             reason ``length``. None for as many as the KV pool has.
-        reserve_peaks: admit a request only if the expected peak of all running ones fits with it, so that hardly any is
-            ever preempted (`memento.rollout.admission`).
+        reserve_peaks: admit a request only if the expected peak of all running ones fits with it, and let a request
+            sit out a step for one that is about to evict: hardly any is ever preempted (`memento.rollout.admission`).
         restart: after an eviction compute everything behind the block again, without it. An ablation, synchronous and
             on the V1 model runner only.
         async_scheduling: schedule a step while the last one runs; needs the V2 model runner.

@@ -39,6 +39,7 @@ COUNTERS = {
     "forced_tokens": "Block ends that the block cap forced",
     "kv_limit_stops": "Requests stopped because their open block outgrew the cache",
     "held_back": "Admissions put off because running requests will need the pages",
+    "sat_out": "Steps that running requests sat out because the last free pages were another's",
 }
 GAUGES = {"expected_pages": "KV pages that the running requests are expected to need at their worst moment"}
 
@@ -50,7 +51,7 @@ class EngineCounters:
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(COUNTERS, 0)
-        self._held_back = 0
+        self._sent = {"held_back": 0, "sat_out": 0}
 
     def evicted(self, tokens: int, pages: int) -> None:
         """An eviction was carried out."""
@@ -73,8 +74,9 @@ class EngineCounters:
     def attach(self, stats: SchedulerStats, admission: Admission | None) -> None:
         """Send them with the statistics of this step, and begin again at 0."""
         if admission is not None:
-            self._counts["held_back"] += admission.held_back - self._held_back
-            self._held_back = admission.held_back
+            for name, total in (("held_back", admission.held_back), ("sat_out", admission.sat_out)):
+                self._counts[name] += total - self._sent[name]
+                self._sent[name] = total
             stats.waiting_lora_adapters[f"{_PREFIX}expected_pages"] = admission.expected_pages
         for name, count in self._counts.items():
             if count:

@@ -57,7 +57,6 @@ class EvictingRunner(_Runner):
         # memory is profiled the cache is a stand-in that soon goes.
         self._caches = [] if kwargs.get("is_profiling") or len(args) > 1 else paged_caches(self)
 
-    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         step: EvictionStep | None = getattr(scheduler_output, "memento", None)
         if step is None:
@@ -70,6 +69,7 @@ class EvictingRunner(_Runner):
         self._evicted = step.evicted
         return super().execute_model(scheduler_output, *args, **kwargs)
 
+    @torch.inference_mode()
     def _compact(self, step: EvictionStep) -> None:
         # All requests at once: their pages are disjoint. This runs before the step writes anything, so a page freed by
         # a compaction and given to another request in the same step is still intact.
@@ -101,9 +101,9 @@ class EvictingRunnerV1(EvictingRunner):
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        num_reqs, num_tokens = self.input_batch.num_reqs, scheduler_output.total_num_scheduled_tokens
         if not self._evicted:
             return result
+        num_reqs, num_tokens = self.input_batch.num_reqs, scheduler_output.total_num_scheduled_tokens
         evicted = torch.tensor(
             [self._evicted.get(r, 0) for r in self.input_batch.req_ids[:num_reqs]], dtype=torch.int32
         )
@@ -120,23 +120,25 @@ class EvictingRunnerV1(EvictingRunner):
     # The stock runner winds its generator back by an offset, which the CPU's generators do not have: it raises.
 
     def _discarded_generators(self) -> dict[int, torch.Generator]:
-        discarded = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
         generators = self.input_batch.generators
+        if not generators:
+            return {}
+        discarded = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
         return {int(row): generators[int(row)] for row in discarded if int(row) in generators}
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not (discarded := self._discarded_generators()):
             return super()._sample(*args, **kwargs)
-        states = [(generator, generator.get_state()) for generator in self._discarded_generators().values()]
+        states = [(generator, generator.get_state()) for generator in discarded.values()]
         output = super()._sample(*args, **kwargs)
         for generator, state in states:
             generator.set_state(state)
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not (discarded := self._discarded_generators()):
             return super()._bookkeeping_sync(*args, **kwargs)
-        generators, discarded = self.input_batch.generators, self._discarded_generators()
+        generators = self.input_batch.generators
         self.input_batch.generators = {row: g for row, g in generators.items() if row not in discarded}
         try:
             return super()._bookkeeping_sync(*args, **kwargs)
@@ -158,10 +160,10 @@ class EvictingRunnerV2(EvictingRunner, RunnerV2):  # pyright: ignore[reportIncom
         self.block_tables.num_blocks.np[:, self.req_states.req_id_to_index[request_id]] = num_pages
 
     def prepare_attn(self, input_batch: InputBatch) -> Any:
-        evicted = np.array([self._evicted.get(request_id, 0) for request_id in input_batch.req_ids], dtype=np.int32)
-        if not evicted.any():
+        if not self._evicted:
             self._hidden = None
             return super().prepare_attn(input_batch)
+        evicted = np.array([self._evicted.get(request_id, 0) for request_id in input_batch.req_ids], dtype=np.int32)
         on_host = torch.from_numpy(evicted)
         self._hidden = on_host, on_host.to(self.device)
         self._shift_lengths(input_batch, -1)

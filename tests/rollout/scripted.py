@@ -33,10 +33,10 @@ import torch
 from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from memento.format import MementoFormat, evictions, kv_profile, lowest_visible, visible_until
 from memento.rollout import EvictionStats, eviction_args, eviction_stats
+from memento.rollout.block_cap import V2Processor
 
 PAGE, VOCAB, LAYERS, KV_HEADS, HEAD = 32, 64, 3, 2, 32
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
@@ -79,7 +79,7 @@ class Scripted(AdapterLogitsProcessor):
         return force
 
 
-class ScriptedV2(V2LogitsProcessor):
+class ScriptedV2(V2Processor):
     """The same for the V2 runner: by position, because the last token may not have left the device."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:

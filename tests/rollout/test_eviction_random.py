@@ -4,11 +4,14 @@ A load is a number of requests with random traces (most of them malformed somewh
 on a pool, a chunk size and a batch limit that are drawn too; some requests are aborted, and sometimes all of them lose
 their cache at once, as in a weight update. The short run is part of `make test`; the long one is
 
-    pytest -m long tests/rollout/test_eviction_random.py
+    pytest -m long -s tests/rollout/test_eviction_random.py
+
+of 1,000 loads, or in pieces: ``MEMENTO_RANDOM_LOADS=250 pytest ... --hypothesis-seed=1``.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,7 @@ from tests.rollout.scripted import (
     PAGE,
     START,
     SUMMARY,
+    TALLY,
     Case,
     Limits,
     assert_pool_is_full,
@@ -124,13 +128,14 @@ def run_load(load: Load, limits: Limits = visible_until) -> int:
     # The drawn pool and limits, in an engine that is there already: the rest of its pages is taken away.
     pool, kept = scheduler.kv_cache_manager.block_pool, load.pages
     hidden = pool.get_new_blocks(pool.num_gpu_blocks - 1 - kept)
+    batch_limit = "max_num_active_reqs" if hasattr(scheduler, "max_num_active_reqs") else "max_num_running_reqs"
     before = {
         name: getattr(scheduler, name)
-        for name in ("_page_limit", "_limit_tokens", "max_num_scheduled_tokens", "max_num_active_reqs")
+        for name in ("_page_limit", "_limit_tokens", "max_num_scheduled_tokens", batch_limit)
     }
     scheduler._page_limit, scheduler._limit_tokens = kept, kept * PAGE
     scheduler.max_num_scheduled_tokens = max(load.chunk_tokens, load.batch)
-    scheduler.max_num_active_reqs = load.batch
+    setattr(scheduler, batch_limit, load.batch)
     finished: dict[int, Any] = {}
     alive: set[int] = set()
     try:
@@ -209,10 +214,19 @@ def test_random_loads(load):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=1000, **_common)
-@given(loads)
-def test_random_loads_for_long(load):
-    run_load(load)
+def test_random_loads_for_long():
+    requests = preempted = 0
+
+    @settings(max_examples=int(os.environ.get("MEMENTO_RANDOM_LOADS", "1000")), **_common)
+    @given(loads)
+    def run_many(load):
+        nonlocal requests, preempted
+        requests += len(load.requests)
+        preempted += run_load(load)
+
+    run_many()
+    admission = scheduler_of(engine("reserving"))._manager.admission
+    print(f"\n{requests} requests, {preempted} of them preempted, {admission.sat_out} steps sat out; {TALLY}")
 
 
 def test_a_mask_wrong_by_one_query_would_be_seen():
