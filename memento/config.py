@@ -148,7 +148,8 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(default=1, gt=0)
     """GPUs of one engine (ignored on CPU)."""
     gpu_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Of its GPU that an engine reserves. Below 1 others share it: lower gpu_memory_utilization too."""
+    """Of its GPU that an engine takes. Below 1 it shares the GPU with a learner rank, or with other engines, whose
+    shares leave room for it: lower gpu_memory_utilization too."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Logical tokens of prompt and completion together. null: the model's own limit."""
     kv_cache_mib: int | None = Field(default=None, gt=0)
@@ -383,7 +384,7 @@ class LearnerConfig(Section):
     cpus: float = Field(default=1.0, ge=0)
     """CPU cores reserved for one rank; also its torch threads."""
     gpu_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Of its GPU that a rank reserves. Below 1 an engine may share it."""
+    """Of its GPU that a rank takes. Below 1 engines share it whose shares leave room. Two ranks never do."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lr: float = Field(default=1e-6, ge=0)

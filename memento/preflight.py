@@ -25,6 +25,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``organisation/name``; a path that exists is a folder even if it looks like this."""
 
 
+ENGINE, LEARNER_RANK, REWARD_POOL = "engine", "learner rank", "reward pool"
+"""The kinds of actors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Actors:
     """`count` Ray actors of one kind and what each of them reserves."""
@@ -36,10 +40,42 @@ class Actors:
 
 
 @dataclass(frozen=True, slots=True)
+class Bundle:
+    """What lies on one machine: one actor, or those that share a GPU.
+
+    Attributes:
+        members: kind and index of each, e.g. ``(("learner rank", 0), ("engine", 0))``.
+        cpus: of all members together.
+        gpus: whole ones. A GPU is shared within its bundle, and with nobody else.
+    """
+
+    members: tuple[tuple[str, int], ...]
+    cpus: float
+    gpus: float
+
+    @property
+    def kind(self) -> str:
+        """For messages, e.g. "engine", or "learner rank + engine that share a GPU"."""
+        kinds = " + ".join(kind for kind, _ in self.members)
+        return kinds if len(self.members) == 1 else f"{kinds} that share a GPU"
+
+
+@dataclass(frozen=True, slots=True)
 class ResourcePlan:
     """What a run reserves on its cluster."""
 
     actors: tuple[Actors, ...]
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """All actors, with those of less than a GPU put together; the largest first."""
+        alone = [
+            Bundle(((kind.kind, index),), kind.cpus, kind.gpus)
+            for kind in self.actors
+            if kind.gpus == 0 or kind.gpus >= 1
+            for index in range(kind.count)
+        ]
+        return tuple(sorted([*alone, *shared_gpus(self.actors)], key=lambda bundle: (-bundle.gpus, -bundle.cpus)))
 
     @property
     def cpus(self) -> float:
@@ -48,8 +84,25 @@ class ResourcePlan:
 
     @property
     def gpus(self) -> float:
-        """GPUs of all actors."""
-        return sum(a.count * a.gpus for a in self.actors)
+        """GPUs of all actors, shared ones counted once."""
+        return sum(bundle.gpus for bundle in self.bundles)
+
+
+def shared_gpus(actors: Sequence[Actors]) -> list[Bundle]:
+    """One bundle for each GPU that actors share: a learner rank and engines, or engines alone.
+
+    Two learner ranks never share one: NCCL refuses that. Engines go to the GPU that is the emptiest, and to one of
+    their own where none has room.
+    """
+    gpus: list[list[tuple[Actors, int]]] = []
+    for kind in sorted((a for a in actors if 0 < a.gpus < 1), key=lambda a: a.kind != LEARNER_RANK):
+        for index in range(kind.count):
+            room = [gpu for gpu in gpus if sum(a.gpus for a, _ in gpu) + kind.gpus <= 1 + 1e-9]
+            if room and kind.kind != LEARNER_RANK:
+                min(room, key=lambda gpu: sum(a.gpus for a, _ in gpu)).append((kind, index))
+            else:
+                gpus.append([(kind, index)])
+    return [Bundle(tuple((a.kind, i) for a, i in gpu), sum(a.cpus for a, _ in gpu), 1.0) for gpu in gpus]
 
 
 def resource_plan(config: RlConfig, *, gpus_there: float) -> ResourcePlan:
@@ -61,9 +114,9 @@ def resource_plan(config: RlConfig, *, gpus_there: float) -> ResourcePlan:
     rollout, learner, rewards = config.rollout, config.learner, config.rewards
     return ResourcePlan(
         (
-            Actors("engine", rollout.engines, rollout.cpus, rollout.gpus * on_gpu(rollout.device)),
-            Actors("learner rank", learner.ranks, learner.cpus, learner.gpu_fraction * on_gpu(learner.device)),
-            Actors("reward pool", rewards.actors, rewards.cpus, 0.0),
+            Actors(ENGINE, rollout.engines, rollout.cpus, rollout.gpus * on_gpu(rollout.device)),
+            Actors(LEARNER_RANK, learner.ranks, learner.cpus, learner.gpu_fraction * on_gpu(learner.device)),
+            Actors(REWARD_POOL, rewards.actors, rewards.cpus, 0.0),
         )
     )
 
@@ -88,23 +141,22 @@ def available_nodes() -> list[dict[str, float]]:
     return [machine_resources()]
 
 
-def place(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Actors | None:
-    """Put every actor on a machine, the largest first, each where the least room is left that suffices.
+def place(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Bundle | None:
+    """Put every bundle on a machine, the largest first, each where the least room is left that suffices.
 
-    An actor lies on one machine: two machines with 3 GPUs each hold no engine that wants 4.
+    A bundle lies on one machine: two machines with 3 GPUs each hold no engine that wants 4.
 
     Returns:
-        The first kind of actor that found no place; None if all did.
+        The first that found no place; None if all did.
     """
     free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
-    for kind in sorted(plan.actors, key=lambda a: (-a.gpus, -a.cpus)):
-        for _ in range(kind.count):
-            fitting = [node for node in free if node["CPU"] >= kind.cpus - 1e-9 and node["GPU"] >= kind.gpus - 1e-9]
-            if not fitting:
-                return kind
-            best = min(fitting, key=lambda node: (node["GPU"], node["CPU"]))
-            best["CPU"] -= kind.cpus
-            best["GPU"] -= kind.gpus
+    for bundle in plan.bundles:
+        fitting = [node for node in free if node["CPU"] >= bundle.cpus - 1e-9 and node["GPU"] >= bundle.gpus - 1e-9]
+        if not fitting:
+            return bundle
+        best = min(fitting, key=lambda node: (node["GPU"], node["CPU"]))
+        best["CPU"] -= bundle.cpus
+        best["GPU"] -= bundle.gpus
     return None
 
 

@@ -112,20 +112,27 @@ class _Actor:
 
 
 class RewardPool:
-    """Scores groups of completions outside the driver. Needs a running Ray; the actors start here. Thread-safe."""
+    """Scores groups of completions outside the driver. Needs a running Ray; the actors start here. Thread-safe.
 
-    def __init__(self, config: RewardsConfig) -> None:
+    `places`: further Ray options of each actor, from `memento.cluster.Reservation`.
+    """
+
+    def __init__(self, config: RewardsConfig, places: Sequence[Mapping[str, Any]] = ()) -> None:
         import ray
 
         self._config = config
-        actor = ray.remote(RewardActor).options(
-            num_cpus=config.cpus,
-            max_concurrency=config.pending_groups + 8,  # beside the groups: check, report, close
-            max_restarts=4,
-            max_task_retries=2,
-        )
+        actor: Any = ray.remote(RewardActor)
+        options: dict[str, Any] = {
+            "num_cpus": config.cpus,
+            "max_concurrency": config.pending_groups + 8,  # beside the groups: check, report, close
+            "max_restarts": 4,
+            "max_task_retries": 2,
+        }
         self._condition = threading.Condition()
-        self._actors = [_Actor(actor.remote(config, (os.getcwd(),))) for _ in range(config.actors)]
+        self._actors = [
+            _Actor(actor.options(**options, **where).remote(config, (os.getcwd(),)))
+            for where in places or [{}] * config.actors
+        ]
         self._closed = False
         self._waiting = 0
         self._began = time.monotonic()

@@ -50,6 +50,8 @@ class Learner:
 
     Args:
         config: the run. `model`, `learner` and `algorithm` are read; `out` is where a failed batch is saved.
+        places: further Ray options of each rank, from `memento.cluster.Reservation`. Empty: Ray places the ranks one by
+            one.
 
     Raises:
         UserError: the model cannot be trained, or the cluster lacks the resources.
@@ -60,7 +62,7 @@ class Learner:
         start_s: seconds until all ranks were ready.
     """
 
-    def __init__(self, config: RlConfig) -> None:
+    def __init__(self, config: RlConfig, places: Sequence[Mapping[str, Any]] = ()) -> None:
         import ray
 
         started = time.monotonic()
@@ -72,7 +74,8 @@ class Learner:
         options = {"num_cpus": learner.cpus, "num_gpus": gpus, "max_restarts": 0}
         _check_resources(learner.ranks, options, ray.cluster_resources())
         actor: Any = ray.remote(LearnerRank)
-        self._ranks = [actor.options(**options).remote(config, rank, device) for rank in range(learner.ranks)]
+        where = places or [{}] * learner.ranks
+        self._ranks = [actor.options(**options, **where[r]).remote(config, r, device) for r in range(learner.ranks)]
         nodes = self._call("placement", "node", timeout_s=learner.start_timeout_s)
         address, port = nodes[0]
         if len({node for node, _ in nodes}) == 1:

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from memento.cluster import connect
+from memento.cluster import connect, reserve
 from memento.command import run_config
 from memento.config import RlConfig
 from memento.errors import RunFailed
 from memento.format import MementoFormat
-from memento.preflight import check_run, compared_resources
+from memento.preflight import ENGINE, LEARNER_RANK, REWARD_POOL, check_run, compared_resources, resource_plan
 from memento.problems import Problem
 from memento.rewards.format_terms import trace_shape
 from memento.rewards.pool import RewardPool
@@ -140,14 +140,19 @@ def load_problem_sets(config: RlConfig) -> tuple[Loaded, Loaded | None]:
 
 def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
     """Bring learner, engines and verifiers up side by side: each takes seconds to minutes."""
-    connect()
+    plan = resource_plan(config, gpus_there=connect().get("GPU", 0.0))
     for line in compared_resources(config):
         run.say(line)
+    room = reserve(plan, min(config.rollout.start_timeout_s, config.learner.start_timeout_s), run.say)
+    parts.callback(room.release)
+    rank_places = room.options(LEARNER_RANK, config.learner.ranks)
+    engine_places = room.options(ENGINE, config.rollout.engines)
+    reward_places = room.options(REWARD_POOL, config.rewards.actors)
     with ThreadPoolExecutor(3) as threads:
         starting = (
-            threads.submit(Learner, config),
-            threads.submit(RolloutPool, config.rollout, config.format, str(config.model)),
-            threads.submit(RewardPool, config.rewards),
+            threads.submit(Learner, config, rank_places),
+            threads.submit(RolloutPool, config.rollout, config.format, str(config.model), engine_places),
+            threads.submit(RewardPool, config.rewards, reward_places),
         )
     for part in starting:
         if part.exception() is None:

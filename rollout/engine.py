@@ -392,6 +392,8 @@ def engine_arguments(config: RolloutConfig, model: str, fmt: MementoFormat) -> d
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "tensor_parallel_size": config.tensor_parallel_size if config.device == "cuda" else 1,
+        # Inside of a placement group vLLM would hand its workers to Ray, which has no room for them in there.
+        "distributed_executor_backend": "mp" if config.device == "cuda" and config.tensor_parallel_size > 1 else None,
         "enforce_eager": config.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": "safetensors"},

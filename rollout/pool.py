@@ -105,13 +105,17 @@ class RolloutPool:
         config: how many, and how each is built.
         format: how the delimiters are used.
         model: Hugging Face folder or hub id; on a cluster every node must reach it.
+        places: further Ray options of each engine, from `memento.cluster.Reservation`. Empty: Ray places the engines
+            one by one.
 
     Raises:
         UserError: the resources are not there, or the model cannot be served as configured.
         EngineFailed: vLLM did not start, or an engine died in each of its starts.
     """
 
-    def __init__(self, config: RolloutConfig, format: FormatConfig, model: str) -> None:
+    def __init__(
+        self, config: RolloutConfig, format: FormatConfig, model: str, places: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         import ray
 
         total = connect()
@@ -128,14 +132,18 @@ class RolloutPool:
         self._began_metrics = time.perf_counter()
         self._check_resources(total)
         actor: Any = ray.remote(RolloutEngine)
-        actor = actor.options(
-            num_cpus=config.cpus,
-            num_gpus=self._gpus,
-            max_restarts=config.max_restarts,
-            max_task_retries=0,  # the pool retries, on another engine
-            max_concurrency=4096,
-        )
-        self._engines = [_Engine(index, actor.remote(config, model, format, index)) for index in range(config.engines)]
+        options: dict[str, Any] = {
+            "num_cpus": config.cpus,
+            "num_gpus": self._gpus,
+            "max_restarts": config.max_restarts,
+            "max_task_retries": 0,  # the pool retries, on another engine
+            "max_concurrency": 4096,
+        }
+        where = places or [{}] * config.engines
+        self._engines = [
+            _Engine(index, actor.options(**options, **where[index]).remote(config, model, format, index))
+            for index in range(config.engines)
+        ]
         try:
             self.start_s = self._start()
         except BaseException:

@@ -180,3 +180,38 @@ def test_machines_whose_nccl_variables_differ_are_named() -> None:
 
 def test_the_tiny_tokenizer_binds() -> None:
     make_config().format.bind(make_tokenizer())
+
+
+def test_actors_that_share_gpus_are_bundled() -> None:
+    def members(engines: int, of_engine: float, ranks: int, of_rank: float) -> list[tuple[str, ...]]:
+        config = make_config(
+            rollout={"engines": engines, "device": "cuda", "gpu_fraction": of_engine},
+            learner={"ranks": ranks, "device": "cuda", "gpu_fraction": of_rank},
+        )
+        plan = resource_plan(config, gpus_there=8)
+        shared = [bundle for bundle in plan.bundles if bundle.gpus]
+        assert all(bundle.gpus == 1 for bundle in shared) and plan.gpus == len(shared)
+        return sorted(tuple(f"{kind[0]}{index}" for kind, index in bundle.members) for bundle in shared)
+
+    assert members(2, 0.5, 2, 0.5) == [("l0", "e0"), ("l1", "e1")]
+    assert members(1, 0.5, 2, 0.25) == [("l0", "e0"), ("l1",)], "two ranks never share a GPU"
+    assert members(3, 0.25, 1, 0.5) == [("e2",), ("l0", "e0", "e1")]
+    assert members(2, 0.6, 2, 0.6) == [("e0",), ("e1",), ("l0",), ("l1",)], "2.4 GPUs by their sum, 4 in truth"
+    assert members(2, 0.5, 1, 1.0) == [("e0", "e1"), ("l0",)]
+
+
+def test_shares_that_do_not_fit_on_one_gpu_count_twice() -> None:
+    each = {"device": "cuda", "gpu_fraction": 0.6}
+    config = make_config(rollout=each, learner=each)
+    check_resources(config, {"CPU": 4, "GPU": 2})
+    with pytest.raises(UserError, match="asks for 2 GPUs and 1 are there"):
+        check_resources(config, {"CPU": 4, "GPU": 1})
+    halves = make_config(
+        rollout={"device": "cuda", "gpu_fraction": 0.5, "cpus": 2},
+        learner={"device": "cuda", "gpu_fraction": 0.5, "cpus": 2},
+    )
+    check_resources(halves, [{"CPU": 4, "GPU": 1}, {"CPU": 2, "GPU": 0}])
+    with pytest.raises(
+        UserError, match=r"no machine has room for every learner rank \+ engine that share a GPU \(4 CPU"
+    ):
+        check_resources(halves, [{"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 0}])
