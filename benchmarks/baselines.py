@@ -8,12 +8,13 @@ For each finished quickstart (MEMENTO, arXiv 2604.09852: tables 2 and 3, figures
 
 * stage 1 and stage 2 with and without eviction: does full attention alone prepare a model for it?
 * restart mode: mementos recomputed without their block. What is their KV worth beyond their text?
-* the SFT-only control at full attention, against stage 2 under eviction: accuracy and peak KV
+* the SFT-only control at full attention, against stage 2 and stage 2 with RL under eviction: accuracy and peak KV
 * ``keep_last_n``: completed blocks that stay
 * probing: a random digit is written at the end of a block, and a linear probe reads it off the keys and values of
   mementos before that block, of its own memento, and of the later ones, which never saw it.
 
-Writes ``baselines.json``, ``baselines.png`` and prints the table. Every engine runs in a process of its own.
+Writes ``baselines.json``, ``baselines.png`` and prints the table. Every engine runs in a process of its own; what it
+found is kept in ``parts``, so a command that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "stage2 restart": {"stage 2, restart mode": {}},
     "control": {"control, full attention": {"evict": False}},
+    "rl": {"stage 2 and RL, evicted": {}},
 }
 """Engine -> row of the table -> what its requests ask for."""
 
@@ -206,6 +208,12 @@ def ridge(x: Any, y: Any) -> Any:
 
 
 def in_a_process(args: argparse.Namespace, folder: Path, part: str) -> dict[str, Any]:
+    """One part, or what an earlier call with the same settings found."""
+    settings = {"problems": args.problems, "temperature": args.temperature, "traces": args.traces}
+    kept = args.out / "parts" / f"{folder.name} {part}.json"
+    if kept.is_file() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
+        return earlier["found"]
+    print(f"{folder}: {part} ...", file=sys.stderr, flush=True)
     command = [sys.executable, __file__, str(folder), "--part", part, "--problems", str(args.problems)]
     command += ["--temperature", str(args.temperature), "--traces", str(args.traces)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -213,15 +221,16 @@ def in_a_process(args: argparse.Namespace, folder: Path, part: str) -> dict[str,
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode != 0 or not lines:
         raise SystemExit(f"{part} of {folder} failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    found = json.loads(lines[-1].removeprefix("RESULT "))
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({"settings": settings, "found": found}) + "\n")
+    return found
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for engine in MODES:
-        print(f"{folder}: {engine} ...", file=sys.stderr, flush=True)
         rows |= in_a_process(args, folder, engine)
-    print(f"{folder}: probe ...", file=sys.stderr, flush=True)
     return {"rows": rows, "probe": in_a_process(args, folder, "probe")}
 
 
@@ -240,7 +249,7 @@ def verdicts(runs: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
         return "; ".join(" against ".join(f"{100 * rows(r, n)['accuracy']:.1f} %" for n in names) for r in runs)
 
     stage1, stage2, restart = "stage 1, evicted", "stage 2, evicted", "stage 2, restart mode"
-    control = "control, full attention"
+    control, trained = "control, full attention", "stage 2 and RL, evicted"
     peak = [rows(r, control)["peak_kv_tokens"] / rows(r, stage2)["peak_kv_tokens"] for r in runs]
     probes = [r["probe"]["accuracy"] for r in runs]
     error = max(r["probe"]["stderr"] for r in runs)
@@ -264,6 +273,11 @@ def verdicts(runs: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
             numbers(stage2, control),
         ),
         ("at a peak KV at least 2 times lower", min(peak) >= 2, "; ".join(f"{p:.2f}x" for p in peak)),
+        (
+            "RL makes good what mementos cost: it beats the control",
+            all(sure(r, trained, control) for r in runs),
+            numbers(trained, control),
+        ),
         ("a block's own memento holds its digit (probe above chance, 10 %)", above("own"), shown("own")),
         ("the next memento, which never saw it, does too", above("next"), shown("next")),
         ("so does the one after that", above("second next"), shown("second next")),
@@ -285,19 +299,18 @@ def plot(runs: list[dict[str, Any]], names: list[str], path: Path) -> None:
         values = [run["rows"][row]["accuracy"] for row in rows]
         errors = [run["rows"][row]["stderr"] for row in rows]
         left.barh(places, values, height, xerr=errors, label=name)
-        points = [(run["rows"][row]["peak_kv_tokens"], run["rows"][row]["accuracy"]) for row in rows]
-        middle.scatter(*zip(*points, strict=True), label=name)
-        if i == 0:
-            for row, point in zip(rows, points, strict=True):
-                middle.annotate(row, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         found = run["probe"]["accuracy"]
         right.plot(range(len(found)), list(found.values()), marker="o", label=name)
         right.set_xticks(range(len(found)), list(found))
+    for n, row in enumerate(rows):
+        points = [(run["rows"][row]["peak_kv_tokens"], run["rows"][row]["accuracy"]) for run in runs]
+        middle.scatter(*zip(*points, strict=True), label=row, color=pyplot.get_cmap("tab10")(n), marker="osD^"[n % 4])
     left.set_yticks([r + 0.4 - 0.4 / len(runs) for r in range(len(rows))], rows, fontsize=8)
     left.invert_yaxis()
     left.set_title("accuracy")
     middle.set_title("accuracy against peak KV (tokens)")
-    middle.margins(x=0.25)
+    middle.set_ylim(top=1.0)
+    middle.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
     right.axhline(0.1, color="grey", linestyle="--", linewidth=1)
     right.set_title("probe for a digit of an evicted block, by memento")
     right.set_ylim(0, 1)
@@ -328,7 +341,7 @@ def main() -> None:
     if args.out is None:
         parser.error("--out is needed")
     for folder in args.runs:
-        for model in ("stage1", "stage2", "control"):
+        for model in ("stage1", "stage2", "control", "rl"):
             if not (folder / model / "hf" / "config.json").is_file():
                 parser.error(f"{folder} is no finished quickstart: it has no {model}/hf")
     args.out.mkdir(parents=True, exist_ok=True)
