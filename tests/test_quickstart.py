@@ -177,6 +177,34 @@ def test_commands_on_a_finished_model(quickstart: Path, tmp_path: Path) -> None:
     assert compared.returncode == 0 and "configurations are the same" in compared.stdout, compared.stderr
     reported = run([*MEMENTO, "report", str(tmp_path / "rl")])
     assert reported.returncode == 0 and (tmp_path / "rl" / "report.html").is_file(), reported.stderr
+    problems_of = ["--problems", str(problems)]
+    scored = run([*MEMENTO, "score", str(tmp_path / "rollouts.jsonl"), *problems_of])
+    assert scored.returncode == 0 and "8 completions of 4 groups: mean score" in scored.stdout, scored.stderr
+    folder = tmp_path / "models" / "mine"
+    exported = run([*MEMENTO, "export", str(quickstart / "rl"), "--out", str(folder), "--dtype", "bfloat16"])
+    assert exported.returncode == 0 and (folder / "model.safetensors").is_file(), exported.stderr
+    again = run([*MEMENTO, "export", str(quickstart / "rl"), "--out", str(folder)])
+    assert again.returncode == 2 and "not empty" in again.stderr
+    pushed = run([*MEMENTO, "push", str(folder), "--to", "my-organisation/mine", "--dry-run"])
+    assert pushed.returncode == 0 and "model.safetensors" in pushed.stdout, pushed.stderr
+    shown = run([*MEMENTO, "show", str(quickstart / "rl")])
+    assert shown.returncode == 0 and "groups_per_step" in shown.stdout, shown.stderr
+    examined = run([*MEMENTO, "doctor", "configs/rl/quickstart.yaml", f"model={quickstart / 'stage2' / 'hf'}"])
+    assert examined.returncode == 0 and re.search(r"ok +model +", examined.stdout), examined.stdout
+
+
+@pytest.mark.long
+def test_the_sft_command(tmp_path: Path) -> None:
+    short = "phases=[{steps: 3, problems: {min_terms: 2, max_terms: 2}}]"
+    stages = [
+        ("small_stage1.yaml", f"out={tmp_path / 'stage1'}", "warmup=1"),
+        ("small_stage2.yaml", f"out={tmp_path / 'stage2'}", f"model={tmp_path / 'stage1' / 'hf'}", "warmup=1"),
+    ]
+    for config, *settings in stages:
+        done = run([*MEMENTO, "sft", f"configs/sft/{config}", *settings, short, "logging_steps=1"], timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "step 3/3" in done.stdout, done.stdout
+    assert (tmp_path / "stage2" / "hf" / "model.safetensors").is_file()
 
 
 def test_transformers_deletes_the_same_kv_as_the_engine(quickstart: Path) -> None:
