@@ -397,7 +397,7 @@ code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monosp
 details summary{cursor:pointer;color:var(--muted)}
 @media (max-width:640px){.figures{grid-template-columns:minmax(0,1fr)}
 body{padding:18px 14px 48px;font-size:14px}h1{font-size:22px}h2{margin-top:34px}
-th,td{padding:5px}.num{white-space:normal}
+th,td{padding:5px 3px}th{font-size:11.5px}.num{white-space:normal}
 .trace{padding:10px 11px;font-size:12px}.facts td:first-child{white-space:normal;width:32%}}
 @media print{.time{display:none}}
 """
