@@ -61,9 +61,12 @@ class Mutant(ast.NodeTransformer):
         return ast.parse("print('mutant')").body[0] if printing else node
 
 
-def mutated(program: str) -> str:
-    """The program with other results."""
-    return ast.unparse(ast.fix_missing_locations(Mutant().visit(ast.parse(program))))
+def mutated(program: str, function: str | None = None) -> str:
+    """The program with other results; those of one function, if it is there: two that turn a verdict around cancel."""
+    tree = ast.parse(program)
+    of = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function] or [tree]
+    Mutant().visit(of[-1])
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -73,8 +76,8 @@ def test_their_solutions_pass_and_mutants_fail(scorer: Scorer, name: str):
         scorer.check(problem)
         right = scorer.score(problem, f"```python\n{program}\n```")
         assert (right.outcome, right.score) == (Outcome.CORRECT, 1.0), (problem.id, right.detail)
-        wrong = scorer.score(problem, f"```python\n{mutated(program)}\n```")
-        assert (wrong.outcome, wrong.score) == (Outcome.WRONG, 0.0), (problem.id, mutated(program))
+        wrong = scorer.score(problem, f"```python\n{mutated(program, problem.entry_point)}\n```")
+        assert (wrong.outcome, wrong.score) == (Outcome.WRONG, 0.0), (problem.id, wrong.detail)
 
 
 REAL = {name: os.environ.get(f"MEMENTO_{name.upper()}") for name in ("humaneval", "mbpp", "apps", "taco")}
@@ -92,7 +95,7 @@ def test_the_real_set(scorer: Scorer, name: str):
     def judge(pair: tuple[Problem, str]) -> tuple[str, str, str]:
         problem, program = pair
         right = scorer.score(problem, f"```python\n{program}\n```")
-        wrong = scorer.score(problem, f"```python\n{mutated(program)}\n```")
+        wrong = scorer.score(problem, f"```python\n{mutated(program, problem.entry_point)}\n```")
         return right.outcome.value, wrong.outcome.value, f"{problem.id}: {right.detail} / {wrong.detail}"
 
     with ThreadPoolExecutor(2) as threads:
