@@ -7,9 +7,6 @@ of its own, and this module reads its findings.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -87,19 +84,6 @@ def interpreted() -> None:
         logprob_errors((5, 8, 17), (100, 100), torch.float32, "cpu"),
     ]
     print(json.dumps(found))
-
-
-@pytest.fixture(scope="module")
-def findings() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_compaction_leaves_the_bits_that_torch_leaves(findings: dict[str, Any]) -> None:
