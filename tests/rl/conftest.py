@@ -12,6 +12,7 @@ import pytest
 from memento.config import RlConfig
 from memento.format import MementoFormat, kv_profile
 from memento.problems import Problem, ProblemKind
+from memento.tiny import write_tiny_model
 from memento.trajectory import FinishReason, Outcome, RewardResult, ScoredGroup, Trajectory, VersionSpan
 
 FORMAT = MementoFormat(block_start=1, block_end=2, summary_start=3, summary_end=4, evict_delimiters=False)
@@ -26,6 +27,13 @@ def fmt() -> MementoFormat:
 def make_config(out: Path | str = "unused", **sections: Any) -> RlConfig:
     tree: dict[str, Any] = {"out": str(out), "model": "unused", "problems": {"arithmetic": {}}, "groups_per_step": 2}
     return RlConfig.model_validate(tree | {"group_size": 2} | sections)
+
+
+def make_model(folder: Path) -> Path:
+    """A Qwen3 of 30 K parameters."""
+    return write_tiny_model(
+        folder, seed=0, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=64
+    )
 
 
 def make_trajectory(
@@ -100,6 +108,7 @@ def make() -> Callable[..., Any]:
     """The builders, by name: ``make("group", trajectories, scores)``."""
     builders = {
         "config": make_config,
+        "model": make_model,
         "trajectory": make_trajectory,
         "group": make_group,
         "random_groups": random_groups,

@@ -33,7 +33,6 @@ from memento.rl.learner import FAILED_BATCH, Learner, LearnerError, NonFiniteLos
 from memento.rl.learner_rank import LearnerRank
 from memento.rl.lora import ExportedTensor
 from memento.rollout.weights import read_weights
-from memento.tiny import write_tiny_model
 
 TEMPERATURE = 0.7
 BASE = {
@@ -79,16 +78,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> Path:
-    size: dict[str, Any] = {
-        "hidden_size": 32,
-        "layers": 2,
-        "heads": 2,
-        "kv_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 64,
-    }
-    return write_tiny_model(folder / "model", seed=0, **size)
+def model(make, folder) -> Path:
+    return make("model", folder / "model")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from memento.rl.learner import FAILED_BATCH, NonFiniteLoss
 from memento.rl.replay import DriftReport, drift_table, replay
 from memento.rl.train import MismatchAlarm
 from memento.run import read_metrics
-from memento.tiny import write_tiny_model
 from memento.trajectory import ScoredGroup, append_jsonl
 
 VOCABULARY = 416
@@ -32,16 +31,8 @@ SAME = ("train/loss", "train/grad_norm", "train/lr", "train/entropy", "ratio/max
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    size: dict[str, Any] = {
-        "hidden_size": 32,
-        "layers": 2,
-        "heads": 2,
-        "kv_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 64,
-    }
-    return write_tiny_model(tmp_path_factory.mktemp("replay") / "model", seed=0, **size)
+def model(make, tmp_path_factory) -> Path:
+    return make("model", tmp_path_factory.mktemp("replay") / "model")
 
 
 @pytest.fixture(scope="module")
