@@ -90,6 +90,12 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"problem": \n')
     with pytest.raises(UserError, match="line 1: not JSON"):
         list(read_rows(tmp_path / "data.jsonl"))
+    (tmp_path / "data.jsonl").write_bytes(b"\x00\xff\xfe\x80")
+    with pytest.raises(UserError, match=r"data\.jsonl cannot be read"):
+        list(read_rows(tmp_path / "data.jsonl"))
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 not parquet")
+    with pytest.raises(UserError, match=r"data\.parquet is no Parquet file"):
+        list(read_rows(tmp_path / "data.parquet"))
     with pytest.raises(UserError, match="no data file"):
         list(read_rows(tmp_path / "absent.jsonl"))
 
