@@ -17,8 +17,8 @@ pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
 
-def on_cpu(scheduling: str, length: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.rollout.v2_on_cpu", scheduling, length]
+def on_cpu(*how: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.rollout.v2_on_cpu", *how]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -31,6 +31,13 @@ def test_asynchronous_scheduling_is_exact():
     report = on_cpu("asynchronous", "short")
     assert report["scored_tokens"] > 1000
     assert report["evictions"] > 15 and report["preemptions"] > 0 and report["forced"] > 4
+
+
+@pytest.mark.long
+def test_requests_that_sit_out_a_step_are_exact():
+    report = on_cpu("asynchronous", "short", "reserving")
+    assert report["scored_tokens"] > 1000 and report["evictions"] > 15
+    assert report["sat_out"] > 0
 
 
 @pytest.mark.long

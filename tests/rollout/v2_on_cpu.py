@@ -63,7 +63,7 @@ def install() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
 
 
-def main(scheduling: str, length: str) -> None:
+def main(scheduling: str, length: str, admission: str = "free") -> None:
     """Preemption, chunked prefill, prefix caching, blocks in prompts, opt-outs, the cap, abort and reset.
 
     The interpreter takes about 0.1 s of CPU a step, so what is sampled is greedy (no noise is computed) and short.
@@ -95,7 +95,7 @@ def main(scheduling: str, length: str) -> None:
     ahead = int(is_async)
     folder, reference = qwen3()
     fmt = MementoFormat(*DELIMITERS_TOO.delimiter_ids, evict_delimiters=False)
-    options: dict[str, Any] = {"async_scheduling": is_async, "reserve_peaks": False}
+    options: dict[str, Any] = {"async_scheduling": is_async, "reserve_peaks": admission == "reserving"}
     tight = make_engine(folder, fmt, 22 if is_long else 15, options=options, max_num_batched_tokens=96, max_num_seqs=12)
     config = tight.llm_engine.vllm_config
     assert config.use_v2_model_runner and bool(config.scheduler_config.async_scheduling) == is_async
@@ -158,7 +158,9 @@ def main(scheduling: str, length: str) -> None:
         endless = Case(words(rng, 20, 20), [START, *words(rng, 1500, 1500)], **greedy)
         stopped = run(tight, [endless])[0]
         assert stopped.outputs[0].stop_reason == "memento_kv_limit" and eviction_stats(stopped).kv_limit
-    print(json.dumps({**TALLY.__dict__, "forced": forced}))
+    reserved = scheduler_of(tight)._manager.admission
+    sat_out = None if reserved is None else reserved.sat_out
+    print(json.dumps({**TALLY.__dict__, "forced": forced, "sat_out": sat_out}))
 
 
 if __name__ == "__main__":
