@@ -1,12 +1,13 @@
-"""Tiny models whose samples hold complete blocks, for every test that needs evictions without a script.
+"""Ray on this machine, and tiny models whose samples hold complete blocks, so that evictions need no script.
 
-Both are the quickstart's Qwen3 with two layers after a few seconds of fitting a table of bigrams.
+Both models are the quickstart's Qwen3 with two layers after a few seconds of fitting a table of bigrams.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 FIRST_TEXT = 20
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of two CPUs, unless there is one already."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    if started:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

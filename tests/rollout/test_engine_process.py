@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
-import ray
-
 from memento.config import FormatConfig, RolloutConfig
 from memento.problems import Problem, ProblemKind
 from memento.rollout.pool import RolloutPool
@@ -25,16 +21,6 @@ from memento.rollout.weights import WeightUpdate, write_weights
 from memento.trajectory import RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    if started:
-        ray.shutdown()
 
 
 def config(**changes: Any) -> RolloutConfig:

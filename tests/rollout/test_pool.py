@@ -7,7 +7,6 @@ hold complete blocks and every test runs under eviction. One pool of two engines
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import signal
 import time
@@ -56,16 +55,6 @@ def tokenizer(model_dir: Path) -> Any:
 @pytest.fixture(scope="module")
 def fmt(tokenizer: Any) -> MementoFormat:
     return FormatConfig().bind(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    if started:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
