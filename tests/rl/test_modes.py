@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from memento.run import read_metrics
+from memento.cluster import connect, disconnect
+from memento.config import RlConfig
+from memento.preflight import load_tokenizer
+from memento.rl.batch import assemble
+from memento.rl.learner import Learner
+from memento.run import load_run_config, read_metrics
 from memento.trajectory import ScoredGroup
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,3 +121,45 @@ def test_the_best_checkpoint_stays_over_newer_ones_and_a_resume(quickstart: Path
     later, kept = best_and_kept()
     assert kept == {later, 6} - {0}
     assert 0 < later < 6 or 0 < best < 4, "else nothing was shown: all the time the newest was the best"
+
+
+def test_every_token_has_the_learners_logprob_under_the_version_that_sampled_it(
+    quickstart: Path, tmp_path: Path
+) -> None:
+    """Also when rollouts run ahead, and updates meet completions in flight: the run is replayed version by version."""
+    settings = [setting for setting in SETTINGS if not setting.startswith("group")]
+    sizes = ["max_lag=1", "steps=5", "groups_per_step=6", "group_size=6", "algorithm.mismatch_kl_limit=null"]
+    memento("rl", CONFIG, f"out={tmp_path}", f"model={quickstart / 'stage2' / 'hf'}", *settings, *sizes)
+    config = load_run_config(tmp_path)
+    assert isinstance(config, RlConfig)
+    fmt = config.format.bind(load_tokenizer(config.model))
+    groups, size = groups_of(tmp_path), config.groups_per_step
+    steps = [groups[start : start + size] for start in range(0, len(groups), size)]
+    batches = [assemble(step, config, fmt) for step in steps]
+    worst, tokens, behind = 0.0, 0, 0
+    connect()
+    learner = Learner(config)
+    try:
+        for version, batch in enumerate(batches):
+            for at in range(version, min(version + 2, len(steps))):
+                trajectories = [t for group in steps[at] for t in group.trajectories]
+                for minibatch, (answers,) in zip(batches[at].minibatches, learner.logprobs(batches[at]), strict=True):
+                    for row, of_row, logprobs_T in zip(
+                        minibatch.ranks[0], minibatch.sequences[0], answers, strict=True
+                    ):
+                        for document, index in enumerate(of_row):
+                            t = trajectories[index]
+                            learners = logprobs_T[row.document == document][t.prompt_len :]
+                            off = (learners - torch.tensor(t.rollout_logprobs)).abs()
+                            for span in t.weight_versions:
+                                if span.version == version and span.end > span.start:
+                                    worst = max(worst, float(off[span.start : span.end].max()))
+                                    tokens += span.end - span.start
+                                    behind += (span.end - span.start) * (at > version)
+            learner.step(batch)
+    finally:
+        learner.close()
+        disconnect()
+    print(f"{tokens} tokens, {behind} of them a version behind: the worst is {worst:.1e} off")
+    assert tokens == sum(len(t.completion_ids) for group in groups for t in group.trajectories)
+    assert behind > tokens / 4 and worst < 5e-4
