@@ -99,6 +99,17 @@ def test_runner_scheduling_and_restart_go_together_or_are_refused_with_the_way_o
         check_config(restart)
 
 
+def test_a_v2_runner_that_takes_no_logits_processors_is_refused(config_of, monkeypatch):
+    """As that of vLLM 0.29 and 0.30: the block cap could not act."""
+    vllm.envs.disable_envs_cache()
+    config = config_of()
+    monkeypatch.setattr("memento.rollout.compatibility.find_spec", lambda name: None)
+    check_config(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(Unsupported, match=r"V2 model runner of vLLM before 0\.31.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_config(config)
+
+
 def test_every_other_feature_is_refused_by_name(config_of):
     """Those that a machine without GPUs cannot even configure: the checks read the finished configuration."""
     config = config_of()
