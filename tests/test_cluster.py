@@ -140,6 +140,10 @@ def test_a_job_runs_stops_and_resumes_on_two_nodes(cluster: str, model: Path, tm
     assert summary["status"] == "stopped", summary
     reached = int(read_metrics(out)[-1]["step"] or 0)
     assert list((out / "checkpoints").glob("step-*")), "it wrote a checkpoint before it ended"
+    logs = ray("logs", identity, address=cluster)
+    assert logs.returncode == 0 and "step 1/500" in logs.stdout and "go on with" in logs.stdout, (
+        logs.stdout + logs.stderr
+    )
 
     resumed = submit(cluster, program=training(model, out, f"steps={reached + 2}"))
     assert resumed.returncode == 0, resumed.stdout[-4000:] + resumed.stderr[-2000:]
@@ -157,3 +161,49 @@ def test_the_exit_code_and_the_reason_of_a_failure_arrive(cluster: str, model: P
     too_much = submit(cluster, program=training(model, tmp_path / "run", "rollout.cpus=2"))
     assert too_much.returncode != 0 and "asks for 3 CPU cores and 2 are there" in too_much.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(3600)
+def test_the_quickstart_runs_stops_and_resumes_on_two_nodes(cluster: str, tmp_path: Path) -> None:
+    """Stopped once in an SFT stage and once in RL; the third job goes on to the end."""
+    out = tmp_path / "quickstart"
+    program = [sys.executable, "-m", "memento.cli", "quickstart", "--size", "small", "--out", str(out)]
+
+    def stop_in(phase: str, lines: int, *more: str) -> None:
+        identity = f"{phase}-{secrets.token_hex(3)}"
+        started = submit(cluster, "--submission-id", identity, "--no-wait", program=[*program, *more])
+        assert started.returncode == 0, started.stdout + started.stderr
+        deadline = time.monotonic() + 1200
+        metrics = out / phase / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= lines):
+            status = ray("status", identity, address=cluster).stdout
+            assert "failed" not in status.lower() and "succeeded" not in status.lower(), ray(
+                "logs", identity, address=cluster
+            ).stdout
+            assert time.monotonic() < deadline
+            time.sleep(2)
+        stopped = ray("stop", identity, address=cluster)
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+        assert "was stopped" in ray("status", identity, address=cluster).stdout
+        assert json.loads((out / phase / "summary.json").read_text())["status"] == "stopped"
+        assert list((out / phase / "checkpoints").glob("*")), "it wrote a checkpoint before it ended"
+        assert not (out / "results.json").exists()
+
+    stop_in("stage1", 4)
+    reached = len(read_metrics(out / "stage1"))
+    stop_in("rl", 2, "--resume")
+    assert len(read_metrics(out / "stage1")) > reached
+
+    finished = submit(cluster, program=[*program, "--resume"])
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    assert "SFT stage 2, memento attention: done before" in finished.stdout
+    assert "step 6/6" in finished.stdout and "there, on 2 machines" in finished.stdout, "the driver's lines arrive"
+    for phase in ("stage1", "stage2", "rl"):
+        steps = [row["step"] for row in read_metrics(out / phase)]
+        assert steps == sorted(set(steps)), f"{phase}: a step is there twice"
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["accuracy"]) == {"stage1_full", "stage1_evicted", "stage2_evicted", "rl_evicted", "control_full"}
+    assert (out / "rl" / "hf" / "model.safetensors").is_file() and (out / "report.html").is_file()
+
+    refused = submit(cluster, program=program)
+    assert refused.returncode != 0 and "is not empty" in refused.stdout
