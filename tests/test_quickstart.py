@@ -31,7 +31,7 @@ from memento.generation import generate
 from memento.metrics import missing, undocumented
 from memento.run import load_run_config, read_metrics
 from memento.tracking import TABLE, TRACE
-from memento.trajectory import read_trajectories
+from memento.trajectory import ScoredGroup, read_trajectories
 
 REPOSITORY = Path(__file__).parent.parent
 MEMENTO = [sys.executable, "-m", "memento.cli"]
@@ -155,12 +155,16 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(quickstart
     assert any(TABLE in line and TRACE in line for line in lines)
 
 
+def engine_settings(**more: object) -> list[str]:
+    """Options of a command that starts an engine for the quickstart's models."""
+    settings = {"max_model_len": 512, "block_size": 32, "kv_cache_mib": 64, "dtype": "float32", "device": "cpu"} | more
+    return ["--max-tokens=400", *(f"--set=rollout.{name}={value}" for name, value in settings.items())]
+
+
 @pytest.mark.long  # starts two engines
 def test_commands_on_a_finished_model(quickstart: Path, tmp_path: Path) -> None:
     model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
-    engine = ["--limit", "4", "--max-tokens", "400"]
-    for setting in ("max_model_len=512", "block_size=32", "kv_cache_mib=64", "dtype=float32", "device=cpu"):
-        engine += ["--set", f"rollout.{setting}"]
+    engine = ["--limit", "4", *engine_settings()]
     evaluated = [str(model), "--problems", str(problems), "--samples", "2", "--out", str(tmp_path / "result.json")]
     done = run([*MEMENTO, "evaluate", *evaluated, *engine], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -205,6 +209,87 @@ def test_the_sft_command(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert "step 3/3" in done.stdout, done.stdout
     assert (tmp_path / "stage2" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.long  # starts three engines
+def test_an_evaluation_that_is_killed_goes_on_where_it_was(quickstart: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle and the same command again: no sample twice, the groups and the result of a whole run."""
+    model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
+
+    def command(name: str, *more: str) -> list[str]:
+        common = [str(model), "--problems", str(problems), "--limit", "48", "--samples", "2", "--temperature", "1"]
+        files = [f"--out={tmp_path / name}.json", f"--trajectories={tmp_path / name}.jsonl"]
+        return [*MEMENTO, "evaluate", *common, *engine_settings(max_num_seqs=8), *files, *more]
+
+    whole = run(command("whole"), timeout=600)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    file = tmp_path / "parts.jsonl"
+    process = subprocess.Popen(command("parts"), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 400
+        while not (file.is_file() and file.read_bytes().count(b"\n") >= 16):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        started = below(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    before = file.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 16 <= before.count(b"\n") < 48, "it was killed in the middle"
+    assert started, "Ray and its actors"
+    deadline = time.monotonic() + 90
+    while left := {pid for pid in started if running(pid)}:
+        assert time.monotonic() < deadline, {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left}
+        time.sleep(0.5)
+
+    refused = run(command("parts", "--seed", "1"), timeout=100)
+    assert refused.returncode == 2 and "(seed differ)" in " ".join(refused.stderr.split()), refused.stderr
+    again = run(command("parts"), timeout=600)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert file.read_bytes().startswith(before), "nothing of before is made again"
+    sampled = {}
+    for name in ("whole", "parts"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        groups = [ScoredGroup.model_validate_json(line) for line in lines]
+        assert len({group.problem.id for group in groups}) == len(groups) == 48
+        assert all([t.sample_index for t in group.trajectories] == [0, 1] for group in groups)
+        sampled[name] = {
+            group.problem.id: [
+                (t.completion_ids, r.score) for t, r in zip(group.trajectories, group.rewards, strict=True)
+            ]
+            for group in groups
+        }
+    assert sampled["whole"] == sampled["parts"]
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) | {"seconds": 0} for name in ("whole", "parts")]
+    assert results[0] == results[1]
+
+
+def below(pid: int) -> set[int]:
+    """The processes that a process started, those that they started, and so on."""
+    parents = {
+        int(stat.parent.name): parent for stat in Path("/proc").glob("[0-9]*/stat") if (parent := stat_of(stat)[1])
+    }
+    found: set[int] = set()
+    new = {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new}
+        found |= new
+    return found
+
+
+def running(pid: int) -> bool:
+    return stat_of(Path(f"/proc/{pid}/stat"))[0] not in ("", "Z", "X")
+
+
+def stat_of(file: Path) -> tuple[str, int]:
+    """State and parent of a process; of one that is gone, nothing."""
+    try:
+        state, parent = file.read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", 0
+    return state, int(parent)
 
 
 def test_transformers_deletes_the_same_kv_as_the_engine(quickstart: Path) -> None:
