@@ -92,7 +92,7 @@ def nodes() -> Iterator[Cluster]:
 def land(nodes: Cluster, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Start a run with these sections: where its engines and where its ranks are, by index, and what it said."""
     cloudpickle.register_pickle_by_value(this)
-    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    monkeypatch.setenv("RAY_ADDRESS", str(nodes.address))
     monkeypatch.setattr(learner, "LearnerRank", Rank)
     monkeypatch.setattr(pool, "RolloutEngine", Engine)
     with ExitStack() as parts:
@@ -150,7 +150,8 @@ def test_room_that_others_hold_is_waited_for_and_then_said(
     land: Any, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clusters, "PATIENCE_S", 1.0)
-    other = ray.remote(Rank).options(num_cpus=0, num_gpus=1).remote()
+    actor: Any = ray.remote(Rank)
+    other: Any = actor.options(num_cpus=0, num_gpus=1).remote()
     ray.get(other.where.remote())
     with pytest.raises(
         UserError, match=r"no place within 4 s.*asks for .* CPU and 8 GPU, of which .* and 7 GPU are free"
