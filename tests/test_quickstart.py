@@ -212,6 +212,27 @@ def test_the_sft_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.long  # starts three engines
+def test_the_three_ways_to_evaluate(quickstart: Path, tmp_path: Path) -> None:
+    """With eviction, with full attention, and with what is kept computed again without the block."""
+    model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
+    common = [str(model), "--problems", str(problems), "--limit", "16", "--samples", "2", *engine_settings()]
+    results: dict[str, Any] = {}
+    for way in ("--evict", "--no-evict", "--restart"):
+        out = tmp_path / f"{way}.json"
+        done = run([*MEMENTO, "evaluate", *common, way, "--out", str(out)], timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[way] = result = json.loads(out.read_text())
+        print(way, result["accuracy"], result["kv"])
+        assert (result["evict"], result["restart"]) == (way != "--no-evict", way == "--restart")
+        assert sum(result["outcomes"].values()) == 32 and result["excluded"] == 0
+        assert result["kv"]["measured_peak_tokens"] == pytest.approx(result["kv"]["peak_tokens"], abs=1.0)
+    assert results["--evict"]["accuracy"]["mean"] > 0.2
+    assert results["--no-evict"]["kv"]["peak_ratio"] == results["--no-evict"]["kv"]["area_ratio"] == 1
+    for way in ("--evict", "--restart"):
+        assert min(results[way]["kv"]["peak_ratio"], results[way]["kv"]["area_ratio"]) > 1.1
+
+
+@pytest.mark.long  # starts three engines
 def test_an_evaluation_that_is_killed_goes_on_where_it_was(quickstart: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle and the same command again: no sample twice, the groups and the result of a whole run."""
     model, problems = quickstart / "rl" / "hf", quickstart / "eval" / "problems.jsonl"
