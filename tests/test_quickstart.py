@@ -56,16 +56,6 @@ def overrides(quickstart: Path, out: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if finished := os.environ.get("MEMENTO_QUICKSTART"):
-        return Path(finished)
-    out = tmp_path_factory.mktemp("run") / "quickstart"
-    done = run([*MEMENTO, "quickstart", "--size", "small", "--out", str(out)], timeout=1200)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    return out
-
-
 def test_the_table_has_every_number_and_rl_gains(quickstart: Path) -> None:
     results = json.loads((quickstart / "results.json").read_text())
     accuracy = results["accuracy"]
