@@ -2,7 +2,6 @@
 SHELL := /bin/bash
 VENV ?= .venv
 OUT ?= runs/quickstart
-TESTS_AT_ONCE ?= 2
 BIN := $(abspath $(VENV))/bin
 export VENV
 export PATH := $(BIN):$(PATH)
@@ -20,7 +19,7 @@ quickstart: install ## the whole pipeline on this machine, about 11 minutes: SFT
 	$(BIN)/memento quickstart --out $(OUT)
 
 test: lint ## everything that is checked: lint, types, unit tests, the small real pipeline
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 unit: install ## only the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not long"

@@ -17,12 +17,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes none should begin the longest file when the other has ended."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_quickstart.py", item.path not in slow))
-
-
 class WandbFile:
     """Reads a ``.wandb`` file: a header of 7 bytes, then LevelDB's log format around protobuf: blocks
     of 32 KiB; each fragment has 4 bytes of checksum, 2 of length, and 1 that says whole, first, middle or last."""

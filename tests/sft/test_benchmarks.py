@@ -36,6 +36,7 @@ def run(**accuracy: float) -> dict[str, Any]:
         "stage2": "stage 2, evicted",
         "restart": "stage 2, restart mode",
         "control": "control, full attention",
+        "trained": "stage 2 and RL, evicted",
     }
     peaks = {"control": 300.0}
     rows = {
@@ -47,9 +48,9 @@ def run(**accuracy: float) -> dict[str, Any]:
 
 
 def test_a_phenomenon_shows_if_it_shows_in_every_run(baselines: Any) -> None:
-    good = run(stage1=0.01, stage2=0.30, restart=0.20, control=0.32)
-    weak = run(stage1=0.01, stage2=0.30, restart=0.27, control=0.40)
+    good = run(stage1=0.01, stage2=0.30, restart=0.20, control=0.32, trained=0.60)
+    weak = run(stage1=0.01, stage2=0.30, restart=0.27, control=0.40, trained=0.42)
     shows = [verdict[1] for verdict in baselines.verdicts([good])]
-    assert shows == [True, True, True, True, True, True, False, True]
+    assert shows == [True, True, True, True, True, True, True, False, True]
     both = [verdict[1] for verdict in baselines.verdicts([good, weak])]
-    assert both == [True, False, False, True, True, True, False, True]
+    assert both == [True, False, False, True, False, True, True, False, True]
