@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import memento
-from memento.errors import RunFailed, UserError, disk_is_full
+from memento.errors import RunFailed, UserError, disk_is_full, full_disk_message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -709,9 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not disk_is_full(error):
             raise
-        file = getattr(error, "filename", None)
-        where = f" ({file})" if file else ""
-        typer.echo(f"failed: the disk is full{where}. Make room, and give the same command again.", err=True)
+        typer.echo(full_disk_message(error, "and give the same command again."), err=True)
         sys.exit(1)
 
 

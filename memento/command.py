@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from memento.config import load_config
-from memento.errors import RunFailed, UserError, disk_is_full
+from memento.errors import RunFailed, UserError, disk_is_full, full_disk_message
 from memento.run import RunStopped
 
 
@@ -51,13 +51,8 @@ def run_config(
     except Exception as error:
         if not disk_is_full(error):
             raise
-        file = getattr(error, "filename", None)
-        where = f" ({file})" if file else ""
-        print(
-            f"failed: the disk is full{where}. Make room, or save less (save_rollouts=sample, checkpoint.keep=1), and "
-            "go on with --resume.",
-            file=sys.stderr,
-        )
+        way_out = "or save less (save_rollouts=sample, checkpoint.keep=1), and go on with --resume."
+        print(full_disk_message(error, way_out), file=sys.stderr)
         return 1
     return 0
 

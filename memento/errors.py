@@ -27,3 +27,10 @@ def disk_is_full(error: BaseException) -> bool:
     """
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error)
+
+
+def full_disk_message(error: BaseException, way_out: str) -> str:
+    """What a user is told when `disk_is_full`: where, if the error knows, and what to do after making room."""
+    file = getattr(error, "filename", None)
+    where = f" ({file})" if file else ""
+    return f"failed: the disk is full{where}. Make room, {way_out}"
