@@ -78,30 +78,29 @@ def test_finished_requests_teach():
     assert stray.start_tokens >= 1000 and 0 < stray.remaining <= 100
 
 
-def test_running_requests_teach_too():
-    admission = Admission(page_tokens=32)
-    running = plan(100, generated=250)
+def evict_all(admission: Admission, running: EvictionPlan) -> None:
+    """Carry out every eviction of a request, and let the forecasts learn from each."""
     for event in running.events:
         running.advance(event, 3)
         admission.evicted(running)
+
+
+def test_running_requests_teach_too():
+    admission = Admission(page_tokens=32)
+    evict_all(admission, plan(100, generated=250))
     forecast = admission.forecasts[0]
     assert (forecast.count, forecast.evictions, forecast.block, forecast.cycle) == (0, 2, 100, 110)
     # Nobody finished: the limit is all there is for the length, but it is known how many of the tokens stay.
     assert forecast.outlook(plan(100)).slope == pytest.approx(10 / 110)
     in_prompt = EvictionPlan(RequestControl(FMT), 300, 1000)
     in_prompt.observe([9] * 40 + BLOCK * 2 + [9] * 100)
-    for event in in_prompt.events:
-        in_prompt.advance(event, 3)
-        admission.evicted(in_prompt)
+    evict_all(admission, in_prompt)
     assert forecast.evictions == 2, "blocks of a prompt say nothing of those to come"
 
 
 def test_the_nearest_fall_has_the_last_pages():
     admission = Admission(page_tokens=32)
-    teacher = plan(100, generated=250)
-    for event in teacher.events:
-        teacher.advance(event, 3)
-        admission.evicted(teacher)
+    evict_all(admission, plan(100, generated=250))
     early, late, closing = (plan(32, generated=generated) for generated in (20, 90, 105))
     assert [early.open_tokens, late.open_tokens, closing.open_tokens] == [19, 89, 100]
     until = [admission.forecasts[0].until_release(p) for p in (early, late, closing)]
