@@ -4,31 +4,35 @@ A request that evicts rises and falls like a saw. When one falls its pages are f
 the next request in line at once has none when the first rises again: it preempts, and computes the same tokens twice.
 So a request enters only if the largest *expected* sum of all saws, over the time to come, fits into the pool::
 
-    tokens   what is kept for good + the saw's mean height        expected of one request from now on
-             rising by `slope` a token, until it ends at the mean length of finished requests
+    tokens   what is kept for good + the saw's mean height        expected of one request from now on,
+             rising by `slope` a token                            if it still runs then:
+             x the part of finished requests of its age           (the survival curve of their lengths)
+               that were not over by then
 
-The sum is largest just before one of them ends, so it is evaluated there, and a margin of `MARGIN_SIGMAS` standard
-deviations is added, because saws of many requests hardly ever peak together. Requests that began together will end
-together, and are held back more than those of mixed ages.
+The sum can fall only where somebody ends, so it is evaluated just before, and a margin of `MARGIN_SIGMAS` standard
+deviations is added. Requests that began together will end together, and are held back more than those of mixed ages.
 
 When the pool runs full all the same, nobody loses anything: a running request that needs a page and would take it from
-the one whose next fall is nearest sits out a step (`Admission.turn`), with its cache intact. It goes on when that one
-has fallen, which is soon. Only if even the nearest finds no page is a request preempted, as in stock vLLM.
+the one whose next fall is nearest sits out a step (`Admission.sits_out`), with its cache intact. It goes on when that
+one has fallen, which is soon. Only if even the nearest finds no page is a request preempted, as in stock vLLM.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memento.rollout.plan import EvictionPlan
 
-MARGIN_SIGMAS = 0.5
-"""Standard deviations of the sum that stay free. Few are enough, because who finds no page waits for one."""
+MARGIN_SIGMAS = 2.0
+"""Standard deviations of the sum that stay free. With fewer more requests run, but they sit out more steps than that is
+worth: one that waits for a page holds its cache, and generates nothing."""
 
 WINDOW_REQUESTS = 64
 """Finished requests after which an observation fades: lengths drift while a policy is trained."""
@@ -36,14 +40,20 @@ WINDOW_REQUESTS = 64
 WINDOW_EVICTIONS = 512
 """The same for evictions."""
 
+PEAK_TIMES = np.linspace(0.0, 1.0, 33)
+"""Moments at which the sum of all saws is looked at: quantiles of those at which a request may end."""
+
 PRIOR_GROWTH = 0.25
 """Before anything was evicted: the part of what an evicting request generates that stays."""
 
 OVERTIME = 0.25
-"""Whatever outlived its mean, a request or a block, is expected to go on for this part of it."""
+"""A block that outlived the mean is expected to go on for this part of it."""
 
 SPARE_PAGES = 1
 """Kept for the request that falls next beyond what it is expected to need."""
+
+TURN_STEPS = 8
+"""Steps after which the request that falls next is chosen again, if it has not fallen."""
 
 
 class Outlook(NamedTuple):
@@ -52,24 +62,26 @@ class Outlook(NamedTuple):
     Attributes:
         start_tokens: now, on average over a saw.
         slope: tokens more for every token it generates.
-        remaining: tokens until it ends.
-        variance: of what it holds, in tokens squared.
+        variance: of what it holds while it runs, in tokens squared.
+        ends: in how many tokens it may end: equally likely each, in ascending order.
     """
 
     start_tokens: float
     slope: float
-    remaining: float
     variance: float
+    ends: NDArray[np.float64]
 
 
 @dataclass(slots=True)
 class PeakForecast:
-    """Running means over the requests of one kind (those that evict alike)."""
+    """What is known of the requests of one kind (those that evict alike): running means, and the last lengths."""
 
     count: int = 0
     """Finished requests."""
+    lengths: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW_REQUESTS))
+    """Tokens that the last of them generated."""
     length: float = 0.0
-    """Tokens they generated."""
+    """Mean of all, the last ones weighing most."""
     kept: float = 0.0
     """Tokens of them that were resident at the end."""
     kept_variance: float = 0.0
@@ -101,6 +113,7 @@ class PeakForecast:
         delta = kept - self.kept
         self.kept += weight * delta
         self.kept_variance = (1 - weight) * (self.kept_variance + weight * delta * delta)
+        self.lengths.append(length)
         self.length += weight * (length - self.length)
         self.saw += weight * (float(above.mean()) - self.saw)
         self.saw_variance += weight * (float(above.var()) - self.saw_variance)
@@ -112,16 +125,15 @@ class PeakForecast:
         self.block += weight * (tokens - self.block)
         self.cycle += weight * (since_last - self.cycle)
 
-    def length_of(self, plan: EvictionPlan) -> float:
-        """Tokens that a request is expected to generate in all."""
-        # The prior counts as one request: it rules the first wave and then fades.
-        seen = min(self.count, WINDOW_REQUESTS)
-        return max(1.0, min(plan.max_tokens, (plan.max_tokens + seen * self.length) / (1 + seen)))
+    def ends(self, plan: EvictionPlan) -> NDArray[np.float64]:
+        """In how many tokens a request may end: where longer ones of the last finished requests did, and at its limit.
 
-    def remaining(self, plan: EvictionPlan) -> float:
-        """Tokens that it is expected to generate from now on."""
-        length, age = self.length_of(plan), max(0, plan.scanned - plan.num_prompt_tokens)
-        return min(max(length - age, OVERTIME * length), max(plan.max_tokens - age, 0))
+        The limit counts as one request. It rules the first wave, and whoever has outgrown all others.
+        """
+        age = max(0, plan.scanned - plan.num_prompt_tokens)
+        limit = max(plan.max_tokens - age, 1)
+        ends = np.array(self.lengths, dtype=np.float64) - age
+        return np.append(np.sort(ends[(ends > 0) & (ends < limit)]), limit)
 
     def outlook(self, plan: EvictionPlan) -> Outlook:
         """What a request is expected to hold from now on."""
@@ -136,11 +148,11 @@ class PeakForecast:
         now, open_tokens = plan.resident_tokens(plan.scanned), plan.open_tokens if evicts else 0
         # An open block that outgrew the usual ones is counted as it is.
         start = now if open_tokens > 2 * self.block else now - open_tokens + saw
-        return Outlook(start, slope, self.remaining(plan), self.saw_variance + self.kept_variance)
+        return Outlook(start, slope, self.saw_variance + self.kept_variance, self.ends(plan))
 
     def until_release(self, plan: EvictionPlan) -> float:
         """Tokens that a running request is expected to generate until an eviction, or its end, gives pages back."""
-        remaining = self.remaining(plan)
+        remaining = float(self.ends(plan).mean())
         if not plan.control.fmt.evicts or not self.evictions:
             return remaining
         closing = max(1.0, self.cycle - self.block)
@@ -153,25 +165,34 @@ class PeakForecast:
         return min(fall, remaining)
 
 
-def expected_peak(outlooks: Iterable[Outlook]) -> tuple[float, float]:
+def expected_peak(outlooks: Sequence[Outlook]) -> tuple[float, float]:
     """The largest expected sum of what requests hold, now or later, and the standard deviation of it, in tokens.
 
-    >>> expected_peak([Outlook(10, 1.0, 5, 9.0), Outlook(20, 1.0, 40, 16.0)])  # 20 + 40 when the second one ends
-    (60.0, 5.0)
+    >>> soon, late = np.array([5.0]), np.array([40.0])
+    >>> expected_peak([Outlook(10, 1.0, 9.0, soon), Outlook(20, 1.0, 16.0, late)])  # 20 + 40 when the second one ends
+    (60.0, 4.0)
     """
-    table = np.array(list(outlooks), dtype=np.float64).reshape(-1, 4)
-    if not len(table):
+    if not outlooks:
         return 0.0, 0.0
-    start, slope, remaining, variance = table[np.argsort(table[:, 2])].T
-    alive_start, alive_slope = (np.cumsum(column[::-1])[::-1] for column in (start, slope))
-    at_ends = alive_start + alive_slope * remaining
-    return float(max(at_ends.max(), alive_start[0])), float(np.sqrt(variance.sum()))
+    # The sum falls only where somebody may end, so it is looked at just before.
+    times = np.quantile(np.concatenate([o.ends for o in outlooks]), PEAK_TIMES, method="inverted_cdf")
+    mean, variance = np.zeros_like(times), np.zeros_like(times)
+    for outlook in outlooks:
+        runs = 1 - np.searchsorted(outlook.ends, times) / len(outlook.ends)
+        holds = outlook.start_tokens + outlook.slope * times
+        mean += runs * holds
+        variance += runs * (outlook.variance + (1 - runs) * holds * holds)
+    sigma = np.sqrt(variance)
+    worst = int(np.argmax(mean + MARGIN_SIGMAS * sigma))
+    now = sum(outlook.start_tokens for outlook in outlooks)
+    return max(float(mean[worst]), now), float(sigma[worst])
 
 
 class Turn(NamedTuple):
     """Who may take the last free pages, and how many of them are kept for it."""
 
     request_id: str
+    plan: EvictionPlan
     applied: int
     """Evictions that it had carried out: with the next one its turn is over."""
     pages: int
@@ -185,6 +206,8 @@ class Admission:
         held_back: how often a request that had room now was not admitted because of what others will need.
         sat_out: how often a running request sat out a step because the last free pages were another's.
         expected_pages: the forecast at the last admission, margin included.
+        scarce: whether a step may run out of pages; only then anybody can have to sit it out.
+        somebody_waits: whether a running request sits out the present step. Nobody may enter it then.
     """
 
     page_tokens: int
@@ -192,6 +215,10 @@ class Admission:
     held_back: int = 0
     sat_out: int = 0
     expected_pages: int = 0
+    scarce: bool = False
+    somebody_waits: bool = False
+    _turn: Turn | None = None
+    _turn_steps: int = 0
 
     def finished(self, plan: EvictionPlan, num_tokens: int) -> None:
         """Learn from a request that ended by itself."""
@@ -230,14 +257,40 @@ class Admission:
             to_come = plan.resident_tokens(plan.scanned) + until
             missing = max(0, math.ceil(to_come / self.page_tokens) - pages) + SPARE_PAGES
             if best is None or missing < best.pages:
-                best = Turn(request_id, plan.applied, missing)
+                best = Turn(request_id, plan, plan.applied, missing)
         return best
 
-    @property
-    def cycle_pages(self) -> int:
-        """Pages that a request fills from one eviction to the next: with fewer free ones, turns matter."""
+    def begin_step(self, free_pages: int, num_running: int) -> None:
+        """A step is about to be scheduled."""
         longest = max((forecast.cycle for forecast in self.forecasts.values()), default=0.0)
-        return math.ceil(longest / self.page_tokens) + SPARE_PAGES
+        self.scarce = free_pages < num_running + math.ceil(longest / self.page_tokens) + SPARE_PAGES
+        self.somebody_waits = False
+        self._turn_steps -= 1
+
+    def sits_out(
+        self, request_id: str, wanted: int, free_pages: int, held: Callable[[], Iterable[tuple[str, EvictionPlan, int]]]
+    ) -> bool:
+        """Whether a running request must not be computed in this step, for the sake of the one that falls next.
+
+        Args:
+            request_id: the request.
+            wanted: pages that it needs beyond those it holds.
+            free_pages: of the pool.
+            held: gives what `turn` needs; called only if a turn is over.
+        """
+        if self._turn_steps <= 0 or (self._turn is not None and self._turn.plan.applied != self._turn.applied):
+            self._turn, self._turn_steps = self.turn(held()), TURN_STEPS
+        turn = self._turn
+        if turn is None or turn.request_id == request_id or free_pages - wanted >= turn.pages:
+            return False
+        self.sat_out += 1
+        self.somebody_waits = True
+        return True
+
+    def left(self, request_id: str) -> None:
+        """A request gave all its pages back: it ended, or was preempted."""
+        if self._turn is not None and self._turn.request_id == request_id:
+            self._turn, self._turn_steps = None, 0
 
     def _forecast(self, plan: EvictionPlan) -> PeakForecast:
         return self.forecasts.setdefault(plan.control.fmt.keep_last_n, PeakForecast())

@@ -137,6 +137,8 @@ class EvictingManager(FullAttentionManager):
         plan = self.plans.get(request_id)
         if plan is not None:
             plan.reset()
+        if self.admission is not None:
+            self.admission.left(request_id)
         self._held_back = 0
         return super().pop_blocks_for_free(request_id)
 

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from memento.rollout.admission import Admission, Turn
+from memento.rollout.admission import Admission
 from memento.rollout.compatibility import check_config, check_vllm
 from memento.rollout.kv_manager import EvictingManager, manager_of
 from memento.rollout.options import EvictionOptions
@@ -38,9 +38,6 @@ else:
     _Base = object
 
 logger = init_logger("vllm.memento")
-
-_TURN_STEPS = 8
-"""Steps after which the request that falls next is chosen again, if it has not fallen."""
 
 KV_LIMIT = "memento_kv_limit"
 """``stop_reason`` of a request that outgrew the cache: its open block never closed."""
@@ -63,9 +60,6 @@ class EvictionMixin(_Base):
         if self.eviction.reserve_peaks:
             manager.admission = Admission(manager.block_size)
             self.scheduler_reserve_full_isl = True  # the seam at which admission asks how much a request needs
-        self._turn: Turn | None = None
-        self._steps, self._turn_since = 0, -_TURN_STEPS
-        self._scarce = self._somebody_waits = False
         # One page of the pool is vLLM's null page.
         self._page_limit = pool.num_gpu_blocks - 1
         if self.eviction.max_resident_tokens is not None:
@@ -186,11 +180,8 @@ class EvictionMixin(_Base):
         self._finish_rejected()
         compactions = self._compact_due()
         admission = self._manager.admission
-        self._steps += 1
-        self._somebody_waits = False
-        self._scarce = admission is not None and (
-            self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running) + admission.cycle_pages
-        )
+        if admission is not None:
+            admission.begin_step(self.kv_cache_manager.block_pool.get_num_free_blocks(), len(self.running))
         output = super().schedule(*args, **kwargs)
         plans = self._manager.plans
         # A request preempted by this very call has no pages any more, and nothing to move.
@@ -232,42 +223,25 @@ class EvictionMixin(_Base):
             num_new_tokens = min(num_new_tokens, plan.tokens_until_boundary(num_computed_tokens))
         # vLLM leaves out of the step whoever gets 0 tokens here, and takes nobody in after the first such answer to a
         # request that waits.
-        if self._scarce and num_new_tokens > 0 and self._sits_out(request, num_computed_tokens + num_new_tokens):
-            self._somebody_waits = True
-            return 0
+        admission = self._manager.admission
+        if admission is not None and admission.scarce and num_new_tokens > 0:
+            if request.status != RequestStatus.RUNNING:
+                return 0 if admission.somebody_waits else num_new_tokens
+            if self._sits_out(admission, request.request_id, num_computed_tokens + num_new_tokens):
+                return 0
         return num_new_tokens
 
-    def _sits_out(self, request: Request, num_tokens: int) -> bool:
-        """Whether a request must not be computed up to `num_tokens` now, for the sake of the one that falls next."""
-        if request.status != RequestStatus.RUNNING:
-            return self._somebody_waits
-        manager, request_id = self._manager, request.request_id
-        held = manager.req_to_blocks[request_id]
-        wanted = self._pages(num_tokens - manager.plans[request_id].evicted) - len(held)
-        if wanted <= 0:
-            return False
-        turn = self._whose_turn()
-        if turn is None or turn.request_id == request_id:
-            return False
-        if self.kv_cache_manager.block_pool.get_num_free_blocks() - wanted >= turn.pages:
-            return False
-        assert manager.admission is not None
-        manager.admission.sat_out += 1
-        return True
-
-    def _whose_turn(self) -> Turn | None:
-        manager, turn = self._manager, self._turn
-        plan = None if turn is None else manager.plans.get(turn.request_id)
-        if self._steps - self._turn_since >= _TURN_STEPS or (
-            turn is not None
-            and (plan is None or plan.applied != turn.applied or turn.request_id not in manager.req_to_blocks)
-        ):
-            self._turn_since = self._steps
-            assert manager.admission is not None
-            running = ((r.request_id, manager.plans[r.request_id]) for r in self.running)
-            held = ((i, plan, len(manager.req_to_blocks[i])) for i, plan in running)
-            turn = self._turn = manager.admission.turn(held)
-        return turn
+    def _sits_out(self, admission: Admission, request_id: str, num_tokens: int) -> bool:
+        """Whether a running request must not be computed up to `num_tokens` now."""
+        manager = self._manager
+        plans, blocks = manager.plans, manager.req_to_blocks
+        wanted = self._pages(num_tokens - plans[request_id].evicted) - len(blocks[request_id])
+        return wanted > 0 and admission.sits_out(
+            request_id,
+            wanted,
+            self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            lambda: ((i, plans[i], len(blocks[i])) for i in (r.request_id for r in self.running)),
+        )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)

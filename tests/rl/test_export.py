@@ -304,14 +304,17 @@ def exported(tmp_path: Path, saved: Callable[..., Path]) -> Callable[..., tuple[
     return make
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To 1e-6; beyond -8, where one unit of fp32 in the last place is 9.5e-7 already, to two units."""
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    """To the tolerance; beyond -8, where one unit of fp32 in the last place is 9.5e-7 already, to one unit more."""
     for name in ("causal", "evicted"):
         if name in found:
             assert len(found[name]) == len(expected[name]) > 300
             gap = (found[name] - expected[name]).abs()
             print(f"{name}: {gap.max():.1e}")
-            assert (gap <= 1e-6 + 1.2e-7 * (expected[name].abs() > 8) * expected[name].abs()).all(), (name, gap.max())
+            assert (gap <= tolerance + 1.2e-7 * (expected[name].abs() > 8) * expected[name].abs()).all(), (
+                name,
+                gap.max(),
+            )
 
 
 @pytest.mark.long
@@ -323,7 +326,9 @@ def test_each_familys_export_computes_what_the_learner_does(
     run, out = exported(family, zero_stage, lora)
     learner = torch.load(run / "learner.pt")
     assert (learner["causal"] - learner["evicted"]).abs().max() > 0.01, "the two say the same, and show nothing"
-    assert_same(in_a_process_of_its_own("transformers", run, out), learner)
+    # A learner adds LoRA's product to that of the weight, an export multiplies by their sum: the last digits differ.
+    tolerance = 1e-6 if lora is None else 2e-6
+    assert_same(in_a_process_of_its_own("transformers", run, out), learner, tolerance)
 
 
 @pytest.mark.long

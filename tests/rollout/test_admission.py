@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from memento.format import MementoFormat
-from memento.rollout.admission import SPARE_PAGES, Admission, Outlook, PeakForecast, expected_peak
+from memento.rollout.admission import (
+    MARGIN_SIGMAS,
+    SPARE_PAGES,
+    WINDOW_REQUESTS,
+    Admission,
+    Outlook,
+    PeakForecast,
+    expected_peak,
+)
 from memento.rollout.plan import EvictionPlan, RequestControl
 
 FMT = MementoFormat(1, 2, 3, 4, evict_delimiters=False)
@@ -25,23 +34,53 @@ def plan(
     return made
 
 
+def outlook(start: float, slope: float, variance: float, *ends: float) -> Outlook:
+    return Outlook(start, slope, variance, np.array(ends, dtype=np.float64))
+
+
 def test_the_sum_is_largest_just_before_somebody_ends():
     assert expected_peak([]) == (0.0, 0.0)
-    assert expected_peak([Outlook(10, 1.0, 5, 9.0), Outlook(20, 1.0, 40, 16.0)]) == (60.0, 5.0)
+    assert expected_peak([outlook(10, 1.0, 9.0, 5), outlook(20, 1.0, 16.0, 40)]) == (60.0, 4.0)
     # Two that end together need both peaks at once; one that ends before the other grows does not add to it.
-    together = [Outlook(10, 1.0, 50, 0.0), Outlook(10, 1.0, 50, 0.0)]
-    staggered = [Outlook(50, 1.0, 10, 0.0), Outlook(10, 1.0, 50, 0.0)]
+    together = [outlook(10, 1.0, 0.0, 50), outlook(10, 1.0, 0.0, 50)]
+    staggered = [outlook(50, 1.0, 0.0, 10), outlook(10, 1.0, 0.0, 50)]
     assert expected_peak(together)[0] == 120 and expected_peak(staggered)[0] == 80
     # Whatever grows not at all: the sum is what is held now.
-    assert expected_peak([Outlook(7, 0.0, 3, 0.0), Outlook(8, 0.0, 9, 0.0)])[0] == 15
+    assert expected_peak([outlook(7, 0.0, 0.0, 3), outlook(8, 0.0, 0.0, 9)])[0] == 15
+
+
+def test_who_may_be_gone_by_then_counts_less():
+    # Half of those of this age end after 10 tokens, half after 90: 10 + 10 surely, or 10 + 90 with probability 1/2.
+    assert expected_peak([outlook(10, 1.0, 0.0, 10, 90)]) == (50.0, 50.0)
+    # Of many that is nearly sure: the sum is the mean, and its deviation grows with the root of their number alone.
+    mean, sigma = expected_peak([outlook(10, 1.0, 0.0, 10, 90)] * 100)
+    assert (mean, sigma) == (5000.0, 500.0)
+
+
+def test_the_peak_is_that_of_a_simulation():
+    """Against a thousand futures drawn by hand: the expected sum at its worst moment, and its deviation there."""
+    rng = np.random.default_rng(3)
+    lengths = rng.gamma(4.0, 100.0, 64)
+    ages = rng.uniform(0, 400, 12)
+    requests = [outlook(60 + age / 4, 0.25, 0.0, *np.sort(lengths[lengths > age] - age)) for age in ages]
+    grid = np.arange(0.0, 1200.0, 2.0)
+    sums = np.zeros((1000, len(grid)))
+    for request in requests:
+        ends = rng.choice(request.ends, 1000)
+        sums += (grid <= ends[:, None]) * (request.start_tokens + request.slope * grid)
+    means, sigmas = sums.mean(axis=0), sums.std(axis=0)
+    worst = np.argmax(means + MARGIN_SIGMAS * sigmas)
+    mean, sigma = expected_peak(requests)
+    found, expected = mean + MARGIN_SIGMAS * sigma, means[worst] + MARGIN_SIGMAS * sigmas[worst]
+    assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_before_anybody_finished_the_limit_of_the_request_is_all_there_is():
     fresh = PeakForecast().outlook(plan(prompt=100, max_tokens=1000))
-    assert (fresh.start_tokens, fresh.remaining) == (100, 1000)
-    assert fresh.start_tokens + fresh.slope * fresh.remaining == 100 + 250
+    assert (fresh.start_tokens, *fresh.ends) == (100, 1000)
+    assert expected_peak([fresh])[0] == 100 + 250
     plain = PeakForecast().outlook(plan(prompt=100, max_tokens=1000, evict=False))
-    assert plain.start_tokens + plain.slope * plain.remaining == pytest.approx(100 + 1000)
+    assert expected_peak([plain])[0] == pytest.approx(100 + 1000)
 
 
 def teach(admission: Admission, generated: int, evict: bool = True) -> None:
@@ -62,9 +101,10 @@ def test_finished_requests_teach():
     forecast = admission.forecasts[0]
     assert (forecast.count, forecast.length, forecast.kept) == (200, 333, 33)
     young, old = forecast.outlook(plan(100)), forecast.outlook(plan(100, generated=325))
-    assert young.remaining == pytest.approx(333, abs=15)
+    assert list(young.ends) == [333] * WINDOW_REQUESTS + [1000], "the last lengths, and the limit"
+    assert list(old.ends) == [8] * WINDOW_REQUESTS + [675]
     assert young.start_tokens == 100 + forecast.saw
-    exact = [old.start_tokens + old.slope * t for t in (0, old.remaining)]
+    exact = [old.start_tokens + old.slope * t for t in (0, 8)]
     assert exact[0] == pytest.approx(100 + 20 + forecast.saw, abs=6), "two mementos, and the saw"
     assert exact[1] > exact[0]
     assert young.variance == pytest.approx(forecast.saw_variance, rel=0.05), "all alike but for the phase of the saw"
@@ -75,7 +115,7 @@ def test_finished_requests_teach():
     assert forecast.outlook(preempted).start_tokens < 300
     # Whoever outgrew everything expected counts with what it holds.
     stray = forecast.outlook(plan(100, generated=900, closes=False))
-    assert stray.start_tokens >= 1000 and 0 < stray.remaining <= 100
+    assert stray.start_tokens >= 1000 and list(stray.ends) == [99, 100], "one was longer, and there is the limit"
 
 
 def evict_all(admission: Admission, running: EvictionPlan) -> None:
@@ -110,6 +150,18 @@ def test_the_nearest_fall_has_the_last_pages():
     assert turn is not None and (turn.request_id, turn.pages) == ("closing", SPARE_PAGES)
     turn = admission.turn(held[:2])
     assert turn is not None and (turn.request_id, turn.pages) == ("late", 1 + SPARE_PAGES)
+    # With two free pages whoever wants one sits out, but for the one whose turn it is; with three nobody does.
+    admission.begin_step(free_pages=2, num_running=2)
+    assert admission.scarce and not admission.somebody_waits
+    assert admission.sits_out("early", 1, 2, lambda: held[:2])
+    assert not admission.sits_out("late", 1, 2, lambda: held[:2])
+    assert admission.somebody_waits and admission.sat_out == 1
+    assert not admission.sits_out("early", 1, 3, lambda: held[:2])
+    admission.begin_step(free_pages=100, num_running=2)
+    assert not admission.scarce and not admission.somebody_waits
+    # Once it is gone, the next one is chosen.
+    admission.left("late")
+    assert not admission.sits_out("early", 1, 2, lambda: held[:1])
     # Who never evicts gives pages back at its end only, and nobody waits for that.
     assert admission.turn([("plain", plan(32, generated=90, evict=False), 4)]) is None
     assert admission.turn([]) is None
