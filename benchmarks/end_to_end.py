@@ -1,12 +1,18 @@
-"""TRL's GRPOTrainer and this system, from the same model to the same reward: how long?
+r"""TRL's GRPOTrainer and this system, from the same model to the same reward: how long?
 
     python benchmarks/end_to_end.py --model runs/quickstart/stage1/hf --seeds 0 1 2
     python benchmarks/end_to_end.py --model runs/quickstart/stage1/hf --seeds 0 --sides trl --steps 2 --trl-batch 12
 
+    memento sft configs/sft/quickstart_stage1.yaml model=runs/quickstart/stage1/hf out=runs/uneven \
+        'phases=[{steps: 100, problems: {min_terms: 2, max_terms: 14}}]' micro_batch_tokens=4096 lr=2e-3 muon_lr=0.01
+    python benchmarks/end_to_end.py --model runs/uneven/hf --terms 2 14 --seeds 0 1 2
+
 Same machine, start weights, problems, prompts, verifier, group size, optimiser, learning rate and algorithm: the
 clipped surrogate, advantages over the group's standard deviation, mean over the tokens of an optimiser step, two of
 those for each batch of completions. Both generate with full attention (TRL has no eviction), from a model that was
-trained so. The seeds are those of the problems' order and of the sampling.
+trained so. The seeds are those of the problems' order and of the sampling. The quickstart's completions are of much
+the same length; with `--terms 2 14`, and a model that was trained on such problems, they are as uneven as those of
+reasoning models usually are.
 
 The clock starts with the process. Reward is that of the completions that were trained on, the mean of two batches in a
 row. TRL generates a whole batch at once with a KV cache, without gradient checkpointing; what else makes it fast on the
@@ -67,6 +73,8 @@ def settings(options: argparse.Namespace, seed: int, out: Path) -> list[str]:
         f"groups_per_step={options.groups}",
         f"group_size={options.group_size}",
         f"sampling.max_tokens={options.max_tokens}",
+        f"problems.arithmetic.min_terms={options.terms[0]}",
+        f"problems.arithmetic.max_terms={options.terms[1]}",
         "rollout.evict=false",
         "eval.problems=null",
         "tracking.mode=disabled",
@@ -110,7 +118,7 @@ def trl(options: argparse.Namespace, seed: int, folder: Path) -> list[Point]:
     command = [sys.executable, __file__, "--side", "trl", "--model", str(options.model), "--out", str(folder)]
     for name in ("steps", "groups", "group_size", "max_tokens", "threshold", *TRL):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    command += ["--seeds", str(seed), "--began", str(time.time())]
+    command += ["--terms", *map(str, options.terms), "--seeds", str(seed), "--began", str(time.time())]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.trl_threads), "PYTHONWARNINGS": "ignore"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # TRL's colocated vLLM lives in the trainer's process
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -277,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--group-size", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=768)
+    parser.add_argument("--terms", type=int, nargs=2, default=[5, 7], help="a problem has; 5 to 7 is the quickstart's")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="further overrides of our side's config")
     parser.add_argument("--trl-batch", type=int, default=4, help="completions of TRL's forward pass")

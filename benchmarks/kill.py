@@ -7,6 +7,7 @@ Each run has two engines and two learner ranks on a tiny model. The victim is th
 rank, an engine, or everything at once, always by SIGKILL. What it checks after the end:
 
 * the metrics hold each step once, and the run folder an exported model;
+* whether processes stay a minute after the kill ("orphans"; they are ended);
 * no group was trained twice, and each group that was handed out was trained or is counted as dropped.
 """
 
@@ -99,14 +100,14 @@ def kill(victim: str, mark: str, driver: int, choose: random.Random) -> int:
     return len(chosen)
 
 
-def sweep(mark: str, patience_s: float) -> int:
-    """Wait until the processes of a run are gone, and end those that are not; how many those were."""
+def sweep(mark: str, patience_s: float) -> list[str]:
+    """Wait until the processes of a run are gone, and end those that are not; how their command lines begin."""
     deadline = time.monotonic() + patience_s
     while (left := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    return len(left)
+    return [line[:80].strip() for line in left.values()]
 
 
 def start(
@@ -174,9 +175,9 @@ def one_run(number: int, folder: Path, model: Path, config: Path, seed: int, sta
         reached = steps_done(out)
         while process.poll() is None and not (killed := kill(victim, mark, process.pid, choose)):
             time.sleep(0.2)  # it is not up yet
-        code, resumes, orphans = process.wait(600), 0, 0
+        code, resumes, orphans = process.wait(600), 0, []
         while code != 0 and resumes < 4:
-            orphans += sweep(mark, 60)
+            orphans += sweep(mark, 90)  # Ray's agents try for a minute to tell the dead head node of their end
             resumes += 1
             process = start(out, model, mark, config, number, resume=True)
             code = process.wait(600)
@@ -186,13 +187,15 @@ def one_run(number: int, folder: Path, model: Path, config: Path, seed: int, sta
             process.kill()
         left = sweep(mark, 30)
     if left:
-        wrong.append(f"{left} processes stayed after the end")
+        wrong.append(f"{len(left)} processes stayed after the end: {left}")
     when = "at its start" if after is None else f"after step {reached}"
     what = f"{victim} ({killed} processes) {when}, {moment:.1f} s" if killed else "nothing: it ended before"
     print(
-        f"{number:>3}  killed {what:<52} {resumes} resumes, {orphans} orphans: {'; '.join(wrong) or 'whole'}",
+        f"{number:>3}  killed {what:<52} {resumes} resumes, {len(orphans)} orphans: {'; '.join(wrong) or 'whole'}",
         flush=True,
     )
+    for line in orphans:
+        print(f"     orphan: {line}", flush=True)
     return wrong
 
 

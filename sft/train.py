@@ -11,6 +11,7 @@ before the first step; the loss is reported for blocks, mementos, delimiters and
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -126,6 +127,8 @@ def _prepare_environment(config: SftConfig) -> None:
     if not Path("/proc/driver/nvidia/gpus").is_dir():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # transformers tells accelerate 1 and DeepSpeed the truth; accelerate then says that it goes by DeepSpeed.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
 
 
 def _load(config: SftConfig) -> tuple[Any, Any, list[str]]:

@@ -15,6 +15,7 @@ import os
 import random
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -24,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memento.format import visible_until
+from memento.rollout import admission
 from memento.rollout.plan import RequestControl
 from tests.rollout.scripted import (
     CLOSE,
@@ -57,6 +59,8 @@ class Load:
     """(step, request)."""
     resets: tuple[int, ...]
     """Steps at which every running request loses its cache."""
+    margin_sigmas: float
+    """Of the engine that reserves: with few, or less than none, requests enter that have to sit out steps."""
     seed: int
 
 
@@ -101,6 +105,7 @@ loads = st.builds(
     requests=st.lists(_request, min_size=3, max_size=7).map(tuple),
     aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 5)), max_size=3).map(tuple),
     resets=st.lists(st.integers(1, 60), max_size=2).map(tuple),
+    margin_sigmas=st.sampled_from([admission.MARGIN_SIGMAS, 0.0, -4.0]),
     seed=st.integers(0, 2**16),
 )
 
@@ -122,6 +127,11 @@ def cases_of(load: Load) -> list[Case]:
 
 def run_load(load: Load, limits: Limits = visible_until) -> int:
     """Run it, compare everything, and say how many requests were preempted."""
+    with mock.patch.object(admission, "MARGIN_SIGMAS", load.margin_sigmas):
+        return _run_load(load, limits)
+
+
+def _run_load(load: Load, limits: Limits) -> int:
     llm, (_, reference) = engine(load.engine), qwen3()
     scheduler, llm_engine = scheduler_of(llm), llm.llm_engine
     cases = cases_of(load)
@@ -225,8 +235,9 @@ def test_random_loads_for_long():
         preempted += run_load(load)
 
     run_many()
-    admission = scheduler_of(engine("reserving"))._manager.admission
-    print(f"\n{requests} requests, {preempted} of them preempted, {admission.sat_out} steps sat out; {TALLY}")
+    sat_out = scheduler_of(engine("reserving"))._manager.admission.sat_out
+    assert sat_out > 0
+    print(f"\n{requests} requests, {preempted} of them preempted, {sat_out} steps sat out; {TALLY}")
 
 
 def test_a_mask_wrong_by_one_query_would_be_seen():
@@ -238,7 +249,7 @@ def test_a_mask_wrong_by_one_query_would_be_seen():
 
     block = (START, -40, END, SUMMARY, -5, CLOSE)
     request = Request(prompt=(-20, *block), script=(-5, *block, -5), settings=(), prompt_logprobs=False, arrives=0)
-    load = Load("tight", 20, 48, 4, (request,) * 3, (), (), seed=1)
+    load = Load("tight", 20, 48, 4, (request,) * 3, (), (), admission.MARGIN_SIGMAS, seed=1)
     run_load(load)
     with pytest.raises(AssertionError):
         run_load(load, shifted)

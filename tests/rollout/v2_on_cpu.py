@@ -17,6 +17,7 @@ import random
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
@@ -95,6 +96,8 @@ def main(scheduling: str, length: str, admission: str = "free") -> None:
     ahead = int(is_async)
     folder, reference = qwen3()
     fmt = MementoFormat(*DELIMITERS_TOO.delimiter_ids, evict_delimiters=False)
+    if admission == "reserving":  # let in more than there is room for, so that some have to sit out steps
+        mock.patch("memento.rollout.admission.MARGIN_SIGMAS", -4.0).start()
     options: dict[str, Any] = {"async_scheduling": is_async, "reserve_peaks": admission == "reserving"}
     tight = make_engine(folder, fmt, 22 if is_long else 15, options=options, max_num_batched_tokens=96, max_num_seqs=12)
     config = tight.llm_engine.vllm_config
