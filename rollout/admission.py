@@ -10,7 +10,8 @@ So a request enters only if the largest *expected* sum of all saws, over the tim
                that were not over by then
 
 The sum can fall only where somebody ends, so it is evaluated just before, and a margin of `MARGIN_SIGMAS` standard
-deviations is added. Requests that began together will end together, and are held back more than those of mixed ages.
+deviations is added, up to what everybody together would hold. Requests that began together will end together, and are
+held back more than those of mixed ages.
 
 When the pool runs full all the same, nobody loses anything: a running request that needs a page and would take it from
 the one whose next fall is nearest sits out a step (`Admission.sits_out`), with its cache intact. It goes on when that
@@ -40,7 +41,7 @@ WINDOW_REQUESTS = 64
 WINDOW_EVICTIONS = 512
 """The same for evictions."""
 
-PEAK_TIMES = np.linspace(0.0, 1.0, 33)
+PEAK_TIMES = 33
 """Moments at which the sum of all saws is looked at: quantiles of those at which a request may end."""
 
 PRIOR_GROWTH = 0.25
@@ -80,6 +81,8 @@ class PeakForecast:
     """Finished requests."""
     lengths: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW_REQUESTS))
     """Tokens that the last of them generated."""
+    in_order: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The same in ascending order."""
     length: float = 0.0
     """Mean of all, the last ones weighing most."""
     kept: float = 0.0
@@ -114,6 +117,7 @@ class PeakForecast:
         self.kept += weight * delta
         self.kept_variance = (1 - weight) * (self.kept_variance + weight * delta * delta)
         self.lengths.append(length)
+        self.in_order = np.sort(np.array(self.lengths, dtype=np.float64))
         self.length += weight * (length - self.length)
         self.saw += weight * (float(above.mean()) - self.saw)
         self.saw_variance += weight * (float(above.var()) - self.saw_variance)
@@ -131,9 +135,8 @@ class PeakForecast:
         The limit counts as one request. It rules the first wave, and whoever has outgrown all others.
         """
         age = max(0, plan.scanned - plan.num_prompt_tokens)
-        limit = max(plan.max_tokens - age, 1)
-        ends = np.array(self.lengths, dtype=np.float64) - age
-        return np.append(np.sort(ends[(ends > 0) & (ends < limit)]), limit)
+        first, last = self.in_order.searchsorted((age + 1, plan.max_tokens))
+        return np.append(self.in_order[first:last] - age, max(plan.max_tokens - age, 1))
 
     def outlook(self, plan: EvictionPlan) -> Outlook:
         """What a request is expected to hold from now on."""
@@ -165,27 +168,29 @@ class PeakForecast:
         return min(fall, remaining)
 
 
-def expected_peak(outlooks: Sequence[Outlook]) -> tuple[float, float]:
-    """The largest expected sum of what requests hold, now or later, and the standard deviation of it, in tokens.
+def reserved_tokens(outlooks: Sequence[Outlook]) -> float:
+    """Tokens to keep for requests: what they hold together at the worst moment, now or later.
+
+    That is the expected sum and `MARGIN_SIGMAS` standard deviations, but no more than if everybody still ran then.
 
     >>> soon, late = np.array([5.0]), np.array([40.0])
-    >>> expected_peak([Outlook(10, 1.0, 9.0, soon), Outlook(20, 1.0, 16.0, late)])  # 20 + 40 when the second one ends
-    (60.0, 4.0)
+    >>> reserved_tokens([Outlook(10, 1.0, 0.0, soon), Outlook(20, 1.0, 0.0, late)])  # 20 + 40 when the second one ends
+    60.0
     """
     if not outlooks:
-        return 0.0, 0.0
+        return 0.0
     # The sum falls only where somebody may end, so it is looked at just before.
-    times = np.quantile(np.concatenate([o.ends for o in outlooks]), PEAK_TIMES, method="inverted_cdf")
-    mean, variance = np.zeros_like(times), np.zeros_like(times)
-    for outlook in outlooks:
-        runs = 1 - np.searchsorted(outlook.ends, times) / len(outlook.ends)
-        holds = outlook.start_tokens + outlook.slope * times
-        mean += runs * holds
-        variance += runs * (outlook.variance + (1 - runs) * holds * holds)
-    sigma = np.sqrt(variance)
-    worst = int(np.argmax(mean + MARGIN_SIGMAS * sigma))
-    now = sum(outlook.start_tokens for outlook in outlooks)
-    return max(float(mean[worst]), now), float(sigma[worst])
+    moments = np.sort(np.concatenate([outlook.ends for outlook in outlooks]))
+    times = moments[np.linspace(0, len(moments) - 1, PEAK_TIMES).astype(int)]
+    start, slope, spread = (np.array([o[i] for o in outlooks])[:, None] for i in range(3))
+    counts = np.array([len(outlook.ends) for outlook in outlooks])
+    ends = np.full((len(outlooks), counts.max()), -np.inf)
+    ends[np.arange(counts.max()) < counts[:, None]] = np.concatenate([outlook.ends for outlook in outlooks])
+    runs = (ends[:, :, None] >= times).sum(axis=1) / counts[:, None]
+    holds = start + slope * times
+    sigma = np.sqrt((runs * (spread + (1 - runs) * holds * holds)).sum(axis=0))
+    peak = np.minimum((runs * holds).sum(axis=0) + MARGIN_SIGMAS * sigma, holds.sum(axis=0)).max()
+    return max(float(peak), float(start.sum()))
 
 
 class Turn(NamedTuple):
@@ -237,9 +242,8 @@ class Admission:
     def pages(self, plans: Iterable[EvictionPlan]) -> int:
         """Pages that requests, all together, are expected to hold at the worst moment to come."""
         outlooks = [self._forecast(plan).outlook(plan) for plan in plans]
-        peak, sigma = expected_peak(outlooks)
         # Half a page at the end of each request is empty.
-        self.expected_pages = math.ceil((peak + MARGIN_SIGMAS * sigma) / self.page_tokens + len(outlooks) / 2)
+        self.expected_pages = math.ceil(reserved_tokens(outlooks) / self.page_tokens + len(outlooks) / 2)
         return self.expected_pages
 
     def turn(self, held: Iterable[tuple[str, EvictionPlan, int]]) -> Turn | None:

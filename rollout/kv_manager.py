@@ -49,7 +49,7 @@ class EvictingAttentionSpec(FullAttentionSpec):
         return -(-tokens // self.block_size) * self.page_size_bytes
 
 
-_LOOK_AGAIN_STEPS = 8
+_LOOK_AGAIN_STEPS = 16
 """Steps between two looks at whether a request may enter, while none leaves: a forecast is not free."""
 
 
