@@ -1,6 +1,6 @@
 """Rollouts ahead of the learner against rollouts in step with it: throughput, idle time, what it reaches.
 
-    python benchmarks/lag.py --model runs/quickstart/stage2/hf --seeds 0 1 2
+    python benchmarks/lag.py --model runs/quickstart/stage2/hf --seeds 0 1 2 --set algorithm.loss=grpo
 
 The quickstart's RL run twice for each seed, with ``max_lag`` 0 and with another, in turns. Throughput and idle time are
 those of all steps together, from the first rollout on; evaluation is not counted. Accuracy is that of the evaluation
