@@ -182,7 +182,7 @@ def reserved_tokens(outlooks: Sequence[Outlook]) -> float:
     # The sum falls only where somebody may end, so it is looked at just before.
     moments = np.sort(np.concatenate([outlook.ends for outlook in outlooks]))
     times = moments[np.linspace(0, len(moments) - 1, PEAK_TIMES).astype(int)]
-    start, slope, spread = (np.array([o[i] for o in outlooks])[:, None] for i in range(3))
+    start, slope, spread = np.array([outlook[:3] for outlook in outlooks]).T[:, :, None]
     counts = np.array([len(outlook.ends) for outlook in outlooks])
     ends = np.full((len(outlooks), counts.max()), -np.inf)
     ends[np.arange(counts.max()) < counts[:, None]] = np.concatenate([outlook.ends for outlook in outlooks])
