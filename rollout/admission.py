@@ -180,12 +180,12 @@ def reserved_tokens(outlooks: Sequence[Outlook]) -> float:
     if not outlooks:
         return 0.0
     # The sum falls only where somebody may end, so it is looked at just before.
-    moments = np.sort(np.concatenate([outlook.ends for outlook in outlooks]))
-    times = moments[np.linspace(0, len(moments) - 1, PEAK_TIMES).astype(int)]
+    all_ends = np.concatenate([outlook.ends for outlook in outlooks])
+    times = np.sort(all_ends)[np.linspace(0, len(all_ends) - 1, PEAK_TIMES).astype(int)]
     start, slope, spread = np.array([outlook[:3] for outlook in outlooks]).T[:, :, None]
     counts = np.array([len(outlook.ends) for outlook in outlooks])
     ends = np.full((len(outlooks), counts.max()), -np.inf)
-    ends[np.arange(counts.max()) < counts[:, None]] = np.concatenate([outlook.ends for outlook in outlooks])
+    ends[np.arange(counts.max()) < counts[:, None]] = all_ends
     runs = (ends[:, :, None] >= times).sum(axis=1) / counts[:, None]
     holds = start + slope * times
     sigma = np.sqrt((runs * (spread + (1 - runs) * holds * holds)).sum(axis=0))
@@ -294,7 +294,7 @@ class Admission:
     def left(self, request_id: str) -> None:
         """A request gave all its pages back: it ended, or was preempted."""
         if self._turn is not None and self._turn.request_id == request_id:
-            self._turn, self._turn_steps = None, 0
+            self._turn_steps = 0
 
     def _forecast(self, plan: EvictionPlan) -> PeakForecast:
         return self.forecasts.setdefault(plan.control.fmt.keep_last_n, PeakForecast())

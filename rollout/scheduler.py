@@ -10,6 +10,7 @@ A request's plan (`memento.rollout.plan`) is all the state there is; it lives in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -234,14 +235,19 @@ class EvictionMixin(_Base):
     def _sits_out(self, admission: Admission, request_id: str, num_tokens: int) -> bool:
         """Whether a running request must not be computed up to `num_tokens` now."""
         manager = self._manager
-        plans, blocks = manager.plans, manager.req_to_blocks
-        wanted = self._pages(num_tokens - plans[request_id].evicted) - len(blocks[request_id])
+        wanted = self._pages(num_tokens - manager.plans[request_id].evicted) - len(manager.req_to_blocks[request_id])
         return wanted > 0 and admission.sits_out(
             request_id,
             wanted,
             self.kv_cache_manager.block_pool.get_num_free_blocks(),
-            lambda: ((i, plans[i], len(blocks[i])) for i in (r.request_id for r in self.running)),
+            self._held,
         )
+
+    def _held(self) -> Iterator[tuple[str, EvictionPlan, int]]:
+        """(request id, plan, pages held) of the running requests, oldest first."""
+        for request in self.running:
+            request_id = request.request_id
+            yield request_id, self._manager.plans[request_id], len(self._manager.req_to_blocks[request_id])
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
