@@ -7,8 +7,9 @@ Each run has two engines and two learner ranks on a tiny model. The victim is th
 rank, an engine, or everything at once, always by SIGKILL. What it checks after the end:
 
 * the metrics hold each step once, and the run folder an exported model;
-* whether processes stay a minute after the kill ("orphans"; they are ended);
 * no group was trained twice, and each group that was handed out was trained or is counted as dropped.
+
+Processes that stay for a minute and a half after the kill ("orphans") are named and ended before the run is resumed.
 """
 
 from __future__ import annotations
