@@ -4,15 +4,15 @@ r"""TRL's GRPOTrainer and this system, from the same model to the same reward: h
     python benchmarks/end_to_end.py --model runs/quickstart/stage1/hf --seeds 0 --sides trl --steps 2 --trl-batch 12
 
     memento sft configs/sft/quickstart_stage1.yaml model=runs/quickstart/stage1/hf out=runs/uneven \
-        'phases=[{steps: 100, problems: {min_terms: 2, max_terms: 14}}]' micro_batch_tokens=4096 lr=2e-3 muon_lr=0.01
-    python benchmarks/end_to_end.py --model runs/uneven/hf --terms 2 14 --seeds 0 1 2
+        'phases=[{steps: 350, problems: {min_terms: 2, max_terms: 14}}]' micro_batch_tokens=4096 lr=2e-3 muon_lr=0.01
+    python benchmarks/end_to_end.py --model runs/uneven/hf --terms 2 14 --groups 16 --max-tokens 896 --trl-batch 12 \
+        --set learner.ranks=2 learner.cpus=0.5 learner.micro_batch_tokens=4096 rollout.max_num_seqs=96
 
 Same machine, start weights, problems, prompts, verifier, group size, optimiser, learning rate and algorithm: the
 clipped surrogate, advantages over the group's standard deviation, mean over the tokens of an optimiser step, two of
 those for each batch of completions. Both generate with full attention (TRL has no eviction), from a model that was
 trained so. The seeds are those of the problems' order and of the sampling. The quickstart's completions are of much
-the same length; with `--terms 2 14`, and a model that was trained on such problems, they differ several times over. So
-does the reward of a dozen such problems: take more `--groups` before a threshold means anything.
+the same length; with `--terms 2 14`, and a model that was trained on such problems, they differ several times over.
 
 The clock starts with the process. Reward is that of the completions that were trained on, the mean of two batches in a
 row. TRL generates a whole batch at once with a KV cache, without gradient checkpointing; what else makes it fast on the
@@ -132,6 +132,7 @@ TRL = ("trl_batch", "trl_threads", "trl_generation")
 
 GENERATION: dict[str, dict[str, Any]] = {
     "transformers": {},
+    "static": {"cache_implementation": "static"},
     "continuous": {"use_transformers_continuous_batching": True},
     "vllm": {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1},
 }
