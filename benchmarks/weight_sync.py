@@ -3,11 +3,15 @@
     python benchmarks/weight_sync.py                          # 100 M parameters in fp32, one engine on the CPU
     python benchmarks/weight_sync.py --engines 2 --in-flight --json weight_sync.json
     python benchmarks/weight_sync.py --kinds thread process   # the engine core in the actor, or in its own process
+    python benchmarks/weight_sync.py --transports file broadcast ipc
     python benchmarks/weight_sync.py --layers 2 --hidden 192  # is it all in order?
 
 The whole path of `memento rl`: `write_weights` as a learner rank does (to shared memory, with checksum), then
 `RolloutPool.update_weights`: every engine verifies the file while it goes on sampling, pauses, loads, drops the old
 keys and resumes. With `--in-flight` completions run meanwhile, and go on. `total` is what the training loop waits for.
+
+The other transports send the same weights from this process, which stands for learner rank 0, in buckets; their `load`
+is receiving, checking and loading together.
 """
 
 from __future__ import annotations
@@ -26,12 +30,53 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from memento.config import FormatConfig, RolloutConfig
+from memento.config import FormatConfig, RolloutConfig, WeightSyncConfig
 from memento.problems import Problem, ProblemKind
+from memento.rl.weight_sync import ChannelSync, WeightSync
+from memento.rollout.channel_records import LOOPBACK, ChannelSettings, TensorSpec
 from memento.rollout.pool import RolloutPool
-from memento.rollout.weights import shared_memory_folder, write_weights
+from memento.rollout.weights import WeightUpdate, shared_memory_folder, write_weights
 from memento.tiny import write_tiny_model
 from memento.trajectory import RolloutRequest, SamplingParams
+
+
+class OneRank:
+    """A learner of one rank, as far as weight sync sees it.
+
+    Attributes:
+        tensors: its weights, by Hugging Face's names.
+    """
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self.tensors = tensors
+
+    def export_weights(self, folder: str | Path, version: int) -> WeightUpdate:
+        """See `memento.rl.learner.Learner`, as for all that follow."""
+        return write_weights(self.tensors, folder, version)
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec.of(name, tensor) for name, tensor in self.tensors.items())
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        from memento.rollout.weight_channel import open_store
+
+        self.store = open_store(timeout_s)
+        return LOOPBACK, self.store.port
+
+    def join_channel(self, settings: ChannelSettings) -> None:
+        import torch
+
+        from memento.rollout.weight_channel import WeightChannel
+
+        self.channel = WeightChannel(settings, 0, torch.device("cpu"), LOOPBACK, self.store)
+
+    def send_weights(self, version: int) -> None:
+        self.channel.send(iter(self.tensors.items()), version)
+
+
+def no_fallback(message: str) -> None:
+    """Weights that went by file after all are no measurement of something else."""
+    raise RuntimeError(message)
 
 
 def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, Any]:
@@ -47,8 +92,11 @@ def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, A
         sampling=SamplingParams(temperature=1.0, max_tokens=args.tokens),
         seed=0,
     )
-    kinds: dict[str, Any] = {kind: {"rounds": [], "tokens_per_s": []} for kind in args.kinds}
+    learner = OneRank(tensors)
+    ways = [f"{kind}, {transport}" for kind in args.kinds for transport in args.transports]
+    found: dict[str, Any] = {way: {"rounds": [], "tokens_per_s": []} for way in ways}
     with ExitStack() as pools, ThreadPoolExecutor(1) as threads:
+        push: dict[str, Any] = {}
         running = {}
         for kind in args.kinds:
             config = RolloutConfig(
@@ -61,13 +109,30 @@ def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, A
                 engine_process=kind == "process",
                 cpus=0.5,
             )
-            running[kind] = pools.enter_context(RolloutPool(config, FormatConfig(), str(model)))
-            kinds[kind]["start_s"] = running[kind].start_s
-        update = None
-        for version in range(1, args.rounds + 2):
+            pool = pools.enter_context(RolloutPool(config, FormatConfig(), str(model)))
+            for transport in args.transports:
+                way = f"{kind}, {transport}"
+                running[way], found[way]["start_s"] = pool, pool.start_s
+                if transport == "file":
+                    push[way] = WeightSync(learner, pool, weights).push
+                    continue
+                sync = ChannelSync(
+                    learner,
+                    pool,
+                    weights,
+                    transport=transport,
+                    config=WeightSyncConfig(bucket_mib=args.bucket_mib),
+                    ranks=1,
+                    one_machine=True,
+                    say=no_fallback,
+                )
+                push[way] = sync.push
+        update, version = None, 0
+        for round_number in range(args.rounds + 1):
             for tensor in tensors.values():
                 tensor += 0.001 * torch.randn(())
-            for kind, pool in running.items():
+            for way, pool in running.items():
+                version += 1
                 began = time.perf_counter()
                 tokens = sum(len(trajectory.completion_ids) for trajectory in pool.generate(request))
                 tokens_per_s = tokens / (time.perf_counter() - began)
@@ -75,19 +140,18 @@ def measure(args: argparse.Namespace, model: Path, weights: Path) -> dict[str, A
                 while flight and not flight.done() and not all(info and info.active for info in pool.infos()):
                     time.sleep(0.02)
                 began = time.perf_counter()
-                update = write_weights(tensors, weights, version)
-                written = time.perf_counter()
-                pool.update_weights(update)
+                update = push[way](version)
                 ended = time.perf_counter()
                 stages = [info.update_s for info in pool.infos() if info]
                 if flight is not None:
                     flight.result()
-                if version > 1:  # the first one finds cold pages and compiles
+                if round_number > 0:  # the first one finds cold pages, compiles, opens channels
                     slowest = {name: max(stage[name] for stage in stages) for name in stages[0]}
-                    kinds[kind]["rounds"].append({"write": written - began, **slowest, "total": ended - began})
-                    kinds[kind]["tokens_per_s"].append(tokens_per_s)
+                    written = {"write": update.seconds} if isinstance(update, WeightUpdate) else {}
+                    found[way]["rounds"].append({**written, **slowest, "total": ended - began})
+                    found[way]["tokens_per_s"].append(tokens_per_s)
     assert update is not None
-    return {"parameters": sum(tensor.numel() for tensor in tensors.values()), "bytes": update.bytes, "kinds": kinds}
+    return {"parameters": sum(tensor.numel() for tensor in tensors.values()), "bytes": update.bytes, "ways": found}
 
 
 def main() -> None:
@@ -95,6 +159,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", choices=["thread", "process"], default=["thread"], help="where the engine core runs"
     )
+    parser.add_argument("--transports", nargs="+", choices=["file", "broadcast", "ipc"], default=["file"])
+    parser.add_argument("--bucket-mib", type=int, default=WeightSyncConfig().bucket_mib, help="of broadcast and ipc")
     parser.add_argument("--engines", type=int, default=1, help="of each kind")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--hidden", type=int, default=768)
@@ -125,9 +191,9 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
     size = result["bytes"] / 1e9
     print(f"{machine}; {result['parameters'] / 1e6:.1f} M parameters in fp32 ({size:.2f} GB), {args.rounds} rounds")
-    for kind, found in result["kinds"].items():
+    for way, found in result["ways"].items():
         print(
-            f"{args.engines} engines, core in a {kind}: started in {found['start_s']:.1f} s, "
+            f"{args.engines} engines, core in a {way}: started in {found['start_s']:.1f} s, "
             f"{statistics.median(found['tokens_per_s']):,.0f} tokens/s with {args.completions} completions"
         )
         for stage in found["rounds"][0]:

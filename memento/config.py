@@ -162,6 +162,9 @@ class RolloutConfig(Section):
     max_num_batched_tokens: int | None = Field(default=None, gt=0)
     enforce_eager: bool = True
     """No CUDA graphs, no compilation."""
+    sleep: bool = False
+    """While the learner trains, engines move their weights to host memory and give up the KV pool (vLLM's sleep mode):
+    for engines that share a GPU with a rank. Needs max_lag 0. On a CPU it frees nothing."""
     engine_process: bool = False
     """Run the engine core in a process of its own (vLLM's AsyncLLM), apart from the actor's Python."""
     start_timeout_s: float = Field(default=600, gt=0)
@@ -427,6 +430,22 @@ class LearnerConfig(Section):
         return self
 
 
+class WeightSyncConfig(Section):
+    """New weights from the learner to the engines (`memento.rl.weight_sync`)."""
+
+    transport: Literal["auto", "file", "broadcast", "ipc"] = "auto"
+    """file: written to `folder`, read by every engine. broadcast: sent in buckets, by NCCL between GPUs and by Gloo
+    between CPUs. ipc: engines map the memory of the learner rank on their GPU. auto: file on the CPUs of one machine,
+    ipc where every engine shares its GPU with a rank, else broadcast. Where these two fail, a version goes by file."""
+    bucket_mib: int = Field(default=32, gt=0)
+    """Sent at a time by broadcast and ipc. A larger tensor is sent whole."""
+    timeout_s: float = Field(default=120, gt=0)
+    """For all ends of a broadcast or ipc to appear, and for each bucket."""
+    folder: Path | None = None
+    """Where files lie: reachable from learner rank 0 and all engines. null: shared memory on one machine, `out`/weights
+    across several."""
+
+
 class EvalConfig(Section):
     """Evaluation during training, on the engines, under eviction."""
 
@@ -504,6 +523,7 @@ class RlConfig(Section):
     rewards: RewardsConfig = RewardsConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -521,6 +541,10 @@ class RlConfig(Section):
             raise ValueError("group_size 1 leaves no other completion for advantage_baseline: leave_one_out")
         if self.group_size == 1 and self.algorithm.dynamic_sampling:
             raise ValueError("dynamic_sampling drops groups of equal scores, and with group_size 1 every group is one")
+        if self.rollout.sleep and self.max_lag > 0:
+            raise ValueError(
+                "rollout.sleep needs max_lag 0: with rollouts that run ahead engines work while others train"
+            )
         if self.reference is not None and self.algorithm.kl_coef == 0:
             raise ValueError("reference is read by a KL penalty, and algorithm.kl_coef is 0")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:

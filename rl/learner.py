@@ -28,6 +28,7 @@ from memento.errors import RunFailed, UserError
 from memento.rl.batch import TrainBatch, sequence_kl
 from memento.rl.checkpoint import UNIVERSAL, replace_folder
 from memento.rl.learner_rank import CHECKPOINT_TAG, LearnerRank, NonFiniteError, RankInfo, RankStats, Tally
+from memento.rollout.channel_records import LOOPBACK, ChannelBroken, ChannelSettings, TensorSpec
 from memento.rollout.weights import WeightUpdate
 
 CHECKPOINT_FOLDER = "learner"
@@ -79,7 +80,7 @@ class Learner:
         nodes = self._call("placement", "node", timeout_s=learner.start_timeout_s)
         address, port = nodes[0]
         if len({node for node, _ in nodes}) == 1:
-            address = "127.0.0.1"  # needs no name resolution, which containers often lack
+            address = LOOPBACK  # needs no name resolution, which containers often lack
         left_s = max(1.0, learner.start_timeout_s - (time.monotonic() - started))
         infos: list[RankInfo] = self._call("start", "start", address, port, timeout_s=left_s)
         self.parameters = infos[0].parameters
@@ -161,6 +162,35 @@ class Learner:
         """Write the current weights for the engines; see `memento.rollout.weights`."""
         updates = self._call("export_weights", "export_weights", str(folder), version)
         return next(update for update in updates if update is not None)
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors of the model, as `send_weights` sends them."""
+        return tuple(self._call("tensor_specs", "tensor_specs")[0])
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Address and port on rank 0 where the ends of a weight channel find each other; the one before is closed."""
+        limit = self._config.learner.step_timeout_s
+        return self._collect("open_store", [rank.open_store.remote(timeout_s) for rank in self._ranks[:1]], limit)[0]
+
+    def join_channel(self, settings: ChannelSettings) -> None:
+        """Open the learner's ends of a channel. Returns when all ends are there.
+
+        Raises:
+            ChannelBroken: they were not. The learner goes on.
+        """
+        self._raise_broken(self._call("join_channel", "join_channel", settings))
+
+    def send_weights(self, version: int) -> None:
+        """Send the current weights through the channel.
+
+        Raises:
+            ChannelBroken: they did not get through. The learner goes on.
+        """
+        self._raise_broken(self._call("send_weights", "send_weights", version))
+
+    def _raise_broken(self, reasons: Sequence[str | None]) -> None:
+        if found := [reason for reason in reasons if reason]:
+            raise ChannelBroken("; ".join(found))
 
     def start_profile(self) -> None:
         """Record the ranks with torch's profiler from here on."""

@@ -41,6 +41,8 @@ from memento.rl.batch import MicroBatch
 from memento.rl.lora import ExportedTensor, adapter_off, add_adapter, exported_tensors
 from memento.rl.metrics import resident_mib
 from memento.rl.objective import row_objective
+from memento.rollout.channel_records import ChannelBroken, ChannelSettings, TensorSpec, address_for
+from memento.rollout.weight_channel import Store, WeightChannel, open_store
 from memento.rollout.weights import WeightUpdate, write_weights
 
 if TYPE_CHECKING:
@@ -135,6 +137,8 @@ class LearnerRank:
         self.config, self.rank, self.ranks = config, rank, config.learner.ranks
         self.device = torch.device(device)
         self.profiler: torch.profiler.profile | None = None
+        self.store: Store | None = None
+        self.channel: WeightChannel | None = None
 
     def node(self) -> tuple[str, int]:
         """This machine's address and a free port on it, for the ranks' rendezvous."""
@@ -260,6 +264,41 @@ class LearnerRank:
         for _ in self._whole_parameters():
             pass
         return None
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        """What `export_weights` and `send_weights` give out, in order. All ranks must be asked together."""
+        return [TensorSpec.of(name, tensor) for name, tensor in self._whole_parameters()]
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Address and port of a new store on this machine, where the ends of a weight channel find each other."""
+        import ray
+
+        self.store = open_store(timeout_s)
+        return ray.util.get_node_ip_address(), self.store.port
+
+    def join_channel(self, settings: ChannelSettings) -> str | None:
+        """Open this rank's end of a weight channel, if it has one; the reason if that failed."""
+        self.channel = None
+        if self.rank >= settings.senders:
+            return None
+        try:
+            store = self.store if self.rank == 0 else None
+            self.channel = WeightChannel(settings, self.rank, self.device, address_for(settings.address), store)
+        except ChannelBroken as error:
+            return f"learner rank {self.rank}: {error}"
+        return None
+
+    def send_weights(self, version: int) -> str | None:
+        """Send all weights through the channel; the reason if they did not get through. All ranks must be asked."""
+        tensors, reason = self._whole_parameters(), None
+        if self.channel is not None:
+            try:
+                self.channel.send(tensors, version)
+            except ChannelBroken as error:
+                reason, self.channel = f"learner rank {self.rank}: {error}", None
+        for _ in tensors:  # the other ranks gather them with this one
+            pass
+        return reason
 
     def start_profile(self) -> None:
         """Record what this rank does with torch's profiler until `stop_profile`."""

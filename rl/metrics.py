@@ -17,6 +17,7 @@ from memento.format import MementoFormat, kv_profile, parse
 from memento.trajectory import Outcome, ScoredGroup
 
 if TYPE_CHECKING:
+    from memento.rollout.channel_records import ChannelUpdate
     from memento.rollout.weights import WeightUpdate
 
 
@@ -89,7 +90,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], fmt: MementoFormat, version: 
 
 
 def system_metrics(
-    step_s: float, learner_s: float, sync_s: float, update: WeightUpdate, tokens: int
+    step_s: float, learner_s: float, sync_s: float, update: WeightUpdate | ChannelUpdate, tokens: int
 ) -> dict[str, float]:
     """Who worked, who waited, and what the weights cost, in one step.
 
@@ -101,8 +102,8 @@ def system_metrics(
         tokens: completion tokens that were trained.
 
     Returns:
-        ``idle/learner`` (fraction of the step), ``sync/{seconds, mib, gb_per_s}`` (seconds: gathering and writing; the
-        rate is over all of `sync_s`), ``step/tokens_per_s`` and ``memory/driver_rss_mib``.
+        ``idle/learner`` (fraction of the step), ``sync/{seconds, mib, gb_per_s}`` (seconds: gathering and writing, or
+        sending; the rate is over all of `sync_s`), ``step/tokens_per_s`` and ``memory/driver_rss_mib``.
     """
     return {
         "idle/learner": 1.0 - learner_s / step_s,

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from memento.cluster import connect, reserve
+from memento.cluster import connect, node_resources, reserve
 from memento.command import run_config
 from memento.config import RlConfig
 from memento.errors import RunFailed
@@ -32,7 +32,7 @@ from memento.rl.evaluate import EvalResult, evaluate
 from memento.rl.export import finish_folder
 from memento.rl.learner import Learner
 from memento.rl.metrics import rollout_metrics, system_metrics
-from memento.rl.weight_sync import WeightSync
+from memento.rl.weight_sync import WeightSync, open_sync
 from memento.rl.window import GroupWindow, ProblemStream, scores_differ
 from memento.rollout.pool import RolloutPool
 from memento.run import Run
@@ -69,9 +69,7 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
     with Run.open(config, resume=resume) as run, ExitStack() as parts:
         run.say(f"training on {training}" + (f", evaluated on {evaluation}" if evaluation else ""))
         with run.phase("start"):
-            learner, engines, rewards = start(config, run, parts)
-            weights = WeightSync(learner, engines)
-            parts.callback(weights.close)
+            learner, engines, rewards, weights = start(config, run, parts)
             state = restore(run, learner) if resume else RunState()
             weights.push(version=state.step)  # a broken sync fails in the first minute
 
@@ -88,15 +86,19 @@ def train(config: RlConfig, *, resume: bool = False) -> Path:
 
         for step in range(state.step, config.steps):
             began = time.perf_counter()
-            groups = next_groups(run, window, stream, config, step, version=step)
+            groups = next_groups(run, window, stream, config, step, step, weights)
             if groups is None:
                 save(run, state.at(step, stream, window), learner)
                 run.stop()
+            if config.rollout.sleep:
+                engines.sleep()
             with profiled(run, learner, step + 1):
                 stats = learn(run, groups, config, fmt, learner)
             syncing = time.perf_counter()
             with run.phase("sync"):
+                engines.wake("weights")
                 update = weights.push(version=step + 1)
+                engines.wake("kv_cache")
             now = time.perf_counter()
 
             tokens = sum(len(t.completion_ids) for group in groups for t in group.trajectories)
@@ -138,7 +140,7 @@ def load_problem_sets(config: RlConfig) -> tuple[Loaded, Loaded | None]:
     return load_verified(config.problems, config.rewards, exclude=exclude), evaluation
 
 
-def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool]:
+def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, RolloutPool, RewardPool, WeightSync]:
     """Bring learner, engines and verifiers up side by side: each takes seconds to minutes."""
     plan = resource_plan(config, gpus_there=connect().get("GPU", 0.0))
     for line in compared_resources(config):
@@ -159,7 +161,9 @@ def start(config: RlConfig, run: Run, parts: ExitStack) -> tuple[Learner, Rollou
             parts.callback(part.result().close)
     learner, engines, rewards = starting
     rewards.result().check()  # on a cluster a custom term may be missing where the actor is
-    return learner.result(), engines.result(), rewards.result()
+    weights = open_sync(config, plan, len(node_resources()), learner.result(), engines.result(), run.say)
+    parts.callback(weights.close)
+    return learner.result(), engines.result(), rewards.result(), weights
 
 
 def open_window(
@@ -188,18 +192,27 @@ def open_window(
 
 
 def next_groups(
-    run: Run, window: GroupWindow, stream: ProblemStream, config: RlConfig, step: int, version: int
+    run: Run,
+    window: GroupWindow,
+    stream: ProblemStream,
+    config: RlConfig,
+    step: int,
+    version: int,
+    weights: WeightSync | None = None,
 ) -> list[ScoredGroup] | None:
     """Keep the window full until a step's groups are ready, and take them; None when a signal arrived meanwhile.
 
     Args:
         step: steps that are done.
         version: weights that train next.
+        weights: serves engines that come back meanwhile; null where weights never change.
     """
     left = (config.steps - step) * config.groups_per_step
     with run.phase("rollout"):
         fill(window, stream, config, left)
         while not run.stopping and not window.wait(version, SIGNAL_POLL_S):
+            if weights is not None:
+                weights.heal(version)
             fill(window, stream, config, left)
             run.within(window.ready(), config.groups_per_step)
     return None if run.stopping else window.take()

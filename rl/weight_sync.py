@@ -1,19 +1,37 @@
 """New weights from the learner to the engines, checked at the far end.
 
+`WeightSync`, by file:
+
 learner ranks --gather, write--> safetensors in shared memory --path and checksum--> every engine
                                                                  pause, verify, load, reset the prefix cache, resume
+
+`ChannelSync`, from process to process (`memento.rollout.weight_channel`), and by file where that fails:
+
+learner ranks --gather a bucket, send it, and so on--> every engine
+                                                       pause, load, compare checksums, reset the prefix cache, resume
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from memento.config import RlConfig, WeightSyncConfig
 from memento.errors import RunFailed
+from memento.preflight import ENGINE, LEARNER_RANK, ResourcePlan
+from memento.rollout.channel_records import LOOPBACK, ChannelBroken, ChannelSettings, ChannelUpdate, TensorSpec
 from memento.rollout.weights import WeightUpdate, shared_memory_folder
+
+if TYPE_CHECKING:
+    from memento.rl.learner import Learner
+    from memento.rollout.pool import RolloutPool
+
+Transport = Literal["file", "broadcast", "ipc"]
 
 
 class WeightSyncError(RunFailed):
@@ -34,6 +52,18 @@ class Exporter(Protocol):
     def export_weights(self, folder: str | Path, version: int) -> WeightUpdate: ...
 
 
+class Sender(Exporter, Protocol):
+    """What sending through a channel needs of `memento.rl.learner.Learner` beside that."""
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]: ...
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]: ...
+
+    def join_channel(self, settings: ChannelSettings) -> None: ...
+
+    def send_weights(self, version: int) -> None: ...
+
+
 class WeightSync:
     """Pushes versions of the weights.
 
@@ -41,17 +71,20 @@ class WeightSync:
         learner: writes them.
         engines: load them.
         folder: where the files lie: a file system that learner rank 0 and all engines share. Default: a private folder
-            in this machine's shared memory, which `close` removes. The last version's file stays, because an engine
-            that is restarted reads it again.
+            in this machine's shared memory. The last version's file stays, because an engine that is restarted reads
+            it again.
+        private: whether `close` removes the folder. Default: where it is in shared memory.
     """
 
-    def __init__(self, learner: Exporter, engines: Engines, folder: Path | None = None) -> None:
+    def __init__(
+        self, learner: Exporter, engines: Engines, folder: Path | None = None, *, private: bool = False
+    ) -> None:
         self._learner, self._engines = learner, engines
         self.folder = shared_memory_folder() if folder is None else folder
         # Also when nobody calls close(): shared memory outlives the process.
-        self._cleanup = weakref.finalize(self, _remove, self.folder) if folder is None else None
+        self._cleanup = weakref.finalize(self, _remove, self.folder) if private or folder is None else None
 
-    def push(self, version: int) -> WeightUpdate:
+    def push(self, version: int) -> WeightUpdate | ChannelUpdate:
         """Send the learner's current weights as `version`.
 
         Raises:
@@ -71,10 +104,147 @@ class WeightSync:
             )
         return update
 
+    def heal(self, version: int) -> None:
+        """Serve engines that came back without weights. The learner must hold `version`: call it between steps."""
+
     def close(self) -> None:
-        """Remove the private folder."""
+        """Remove a private folder."""
         if self._cleanup is not None:
             self._cleanup()
+
+
+class ChannelSync(WeightSync):
+    """Sends versions through a channel that is opened anew whenever an engine has come or gone.
+
+    Args:
+        learner, engines, folder, private: as for `WeightSync`.
+        transport: how the bytes go.
+        config: bucket size and timeout.
+        ranks: of the learner.
+        one_machine: whether all actors are on one.
+        say: told when weights had to go by file, and why.
+    """
+
+    def __init__(
+        self,
+        learner: Sender,
+        engines: RolloutPool,
+        folder: Path | None = None,
+        *,
+        private: bool = False,
+        transport: Literal["broadcast", "ipc"],
+        config: WeightSyncConfig,
+        ranks: int,
+        one_machine: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(learner, engines, folder, private=private)
+        self._ranks, self._pool = learner, engines
+        self._transport: Literal["broadcast", "ipc"] = transport
+        self._senders = ranks if transport == "ipc" else 1
+        self._config, self._one_machine, self._say = config, one_machine, say
+        self._members: tuple[tuple[int, int], ...] = ()  # of the channel that is open
+        self._tensors: tuple[TensorSpec, ...] = ()
+
+    def push(self, version: int) -> WeightUpdate | ChannelUpdate:
+        """See `WeightSync.push`."""
+        try:
+            return self._send(version)
+        except ChannelBroken as error:
+            self._members = ()
+            self._say(f"weights {version} go by file ({self._transport}: {error})")
+            return super().push(version)
+
+    def heal(self, version: int) -> None:
+        """See `WeightSync.heal`."""
+        if self._pool.lacks_weights():
+            super().push(version)
+
+    def _send(self, version: int) -> ChannelUpdate:
+        members = self._pool.members()
+        if not members:
+            raise ChannelBroken("no engine is in service")
+        if members != self._members:
+            self._open(members)
+        update = ChannelUpdate(version=version, bytes=sum(tensor.bytes for tensor in self._tensors))
+        began, failures = time.perf_counter(), list[ChannelBroken]()
+
+        def send() -> None:
+            try:
+                self._ranks.send_weights(version)
+            except ChannelBroken as error:
+                failures.append(error)
+
+        versions = self._pool.receive_weights(update, members, send)
+        if failures:
+            raise failures[0]
+        if len(versions) < len(members):
+            raise ChannelBroken(f"{len(members) - len(versions)} of {len(members)} engines did not take them")
+        return update.model_copy(update={"seconds": time.perf_counter() - began})
+
+    def _open(self, members: tuple[tuple[int, int], ...]) -> None:
+        self._members = ()
+        self._tensors = self._tensors or self._ranks.tensor_specs()
+        address, port = self._ranks.open_store(self._config.timeout_s)
+        settings = ChannelSettings(
+            transport=self._transport,
+            address=LOOPBACK if self._one_machine else address,
+            port=port,
+            senders=self._senders,
+            receivers=len(members) * self._pool.workers_per_engine,
+            tensors=self._tensors,
+            bucket_bytes=self._config.bucket_mib << 20,
+            timeout_s=self._config.timeout_s,
+        )
+        with ThreadPoolExecutor(1) as threads:
+            engines = threads.submit(self._pool.join_channel, settings, members)
+            self._ranks.join_channel(settings)
+            engines.result()
+        self._members = members
+
+
+def choose_transport(config: RlConfig, plan: ResourcePlan, machines: int) -> Transport:
+    """What ``weight_sync.transport: auto`` means for these actors.
+
+    A file in shared memory where everything is on the CPUs of one machine; ipc where every engine shares its GPU with a
+    learner rank; else broadcast.
+    """
+    if config.weight_sync.transport != "auto":
+        return config.weight_sync.transport
+    if plan.gpus == 0:
+        return "file" if machines == 1 else "broadcast"
+    kinds = [{kind for kind, _ in bundle.members} for bundle in plan.bundles]
+    together = all(LEARNER_RANK in kind for kind in kinds if ENGINE in kind)
+    return "ipc" if together and config.rollout.tensor_parallel_size == 1 else "broadcast"
+
+
+def open_sync(
+    config: RlConfig,
+    plan: ResourcePlan,
+    machines: int,
+    learner: Learner,
+    engines: RolloutPool,
+    say: Callable[[str], None],
+) -> WeightSync:
+    """Weight sync as a run configures it. Nothing is sent yet."""
+    transport = choose_transport(config, plan, machines)
+    # Shared memory reaches no other machine; the run folder does.
+    folder = config.weight_sync.folder or (None if machines == 1 else Path(config.out) / "weights")
+    private = config.weight_sync.folder is None
+    if transport == "file":
+        return WeightSync(learner, engines, folder, private=private)
+    say(f"weights go by {transport}")
+    return ChannelSync(
+        learner,
+        engines,
+        folder,
+        private=private,
+        transport=transport,
+        config=config.weight_sync,
+        ranks=config.learner.ranks,
+        one_machine=machines == 1,
+        say=say,
+    )
 
 
 def _remove(folder: Path) -> None:

@@ -24,6 +24,7 @@ from memento.config import FormatConfig, RolloutConfig
 from memento.errors import UserError
 from memento.format import Eviction, MementoFormat, evictions
 from memento.problems import Record
+from memento.rollout.channel_records import ChannelSettings, ChannelUpdate, address_for
 from memento.rollout.engine_thread import EngineDriver, EngineFailed, EngineRequest, EngineThread
 from memento.rollout.weights import WeightUpdate, verify_weights
 from memento.trajectory import FinishReason, RolloutRequest, Trajectory, VersionSpan, sample_seed
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 FIRST_VERSION = 0
 """The weights of the model folder."""
+
+SLEEPING = ("weights", "kv_cache")
+"""What an engine gives up when it sleeps, by vLLM's names."""
 
 CPU_KV_CACHE_MIB = 1024
 """KV pool of an engine on CPU that names none: vLLM's own rule takes most of the machine's memory for each engine."""
@@ -110,6 +114,7 @@ class RolloutEngine:
         self._update_s: dict[str, float] = {}
         self._completions = self._tokens = self._preemptions = self._evictions = 0
         self._serial = 0
+        self._asleep: list[str] = []
 
     async def start(self, update: WeightUpdate | None = None) -> EngineInfo:
         """Build the engine; with `update`, load those weights before it is called ready.
@@ -216,11 +221,42 @@ class RolloutEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def update_weights(self, update: WeightUpdate) -> int:
+    async def join_channel(self, settings: ChannelSettings, first_rank: int) -> None:
+        """Open this engine's ends of a weight channel, between two steps. Returns when all ends are there.
+
+        Args:
+            settings: of the channel.
+            first_rank: in the channel, of this engine's first worker.
+        """
+        if self._thread is None:
+            raise StaleEngine(f"engine {self._index} was not started")
+        self._stage = "join the weight channel"
+        try:
+            host = address_for(settings.address)
+            info = {"settings": settings.model_dump(mode="json"), "first_rank": first_rank, "host": host}
+            await asyncio.wrap_future(self._thread.join_channel(info))
+        finally:
+            self._stage = "ready"
+
+    async def sleep(self) -> None:
+        """Leave the GPU's memory to somebody else until `wake`. Nothing may be running."""
+        if self._thread is not None and not self._asleep:
+            await asyncio.wrap_future(self._thread.sleep())
+            self._asleep += SLEEPING
+            self._stage = "asleep"
+
+    async def wake(self, part: str) -> None:
+        """Bring a part of `SLEEPING` back. An engine that is awake, because it was restarted, stays so."""
+        if self._thread is not None and part in self._asleep:
+            await asyncio.wrap_future(self._thread.wake(part))
+            self._asleep.remove(part)
+            self._stage = "ready" if not self._asleep else "asleep"
+
+    async def update_weights(self, update: WeightUpdate | ChannelUpdate) -> int:
         """Replace the weights between two steps. Running completions go on under the new ones, exactly.
 
         They lose their KV and are computed again, evictions included, so that no key of the old weights is left; the
-        prefix cache goes with it. A version that is loaded already is not loaded again.
+        prefix cache goes with it. A file of a version that is loaded already is not loaded again.
 
         Returns:
             The version the engine samples from now.
@@ -231,7 +267,7 @@ class RolloutEngine:
         """
         if self._thread is None:
             raise StaleEngine(f"engine {self._index} was not started")
-        if self._version == update.version:
+        if self._version == update.version and isinstance(update, WeightUpdate):
             return update.version
 
         stages: list[tuple[str, float]] = []
@@ -242,7 +278,8 @@ class RolloutEngine:
 
         try:
             on_stage("verify")  # while the engine goes on sampling
-            await asyncio.to_thread(verify_weights, update)
+            if isinstance(update, WeightUpdate):
+                await asyncio.to_thread(verify_weights, update)
             on_stage("wait for the current step")
             payload = {"update": update.model_dump(mode="json")}
             await asyncio.wrap_future(self._thread.load_weights(payload, str(update.version), on_stage))
@@ -395,8 +432,9 @@ def engine_arguments(config: RolloutConfig, model: str, fmt: MementoFormat) -> d
         # Inside of a placement group vLLM would hand its workers to Ray, which has no room for them in there.
         "distributed_executor_backend": "mp" if config.device == "cuda" and config.tensor_parallel_size > 1 else None,
         "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": config.sleep and config.device == "cuda",  # vLLM refuses it elsewhere
         "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": {"backend": "safetensors"},
+        "weight_transfer_config": {"backend": "memento"},
         "worker_extension_cls": "memento.rollout.weight_transfer.WorkerExtension",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

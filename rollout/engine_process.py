@@ -72,6 +72,18 @@ class EngineProcess:
         """See `EngineDriver`."""
         return self._start(self._label(version))
 
+    def join_channel(self, info: Mapping[str, Any]) -> Future[None]:
+        """See `EngineDriver`."""
+        return self._start(self._join(info))
+
+    def sleep(self) -> Future[None]:
+        """See `EngineDriver`."""
+        return self._start(self._sleep())
+
+    def wake(self, tag: str) -> Future[None]:
+        """See `EngineDriver`."""
+        return self._start(self._wake(tag))
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """See `EngineDriver`."""
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -199,3 +211,15 @@ class EngineProcess:
     async def _label(self, version: str) -> None:
         assert self._llm is not None
         await self._llm.update_weight_version(version)
+
+    async def _join(self, info: Mapping[str, Any]) -> None:
+        assert self._llm is not None
+        await self._llm.collective_rpc("init_weight_transfer_engine", args=(dict(info),))
+
+    async def _sleep(self) -> None:
+        assert self._llm is not None
+        await self._llm.sleep(level=1)
+
+    async def _wake(self, tag: str) -> None:
+        assert self._llm is not None
+        await self._llm.wake_up([tag])

@@ -86,6 +86,18 @@ class EngineDriver(Protocol):
         """Label every token sampled from now on with a weight version."""
         ...
 
+    def join_channel(self, info: Mapping[str, Any]) -> Future[None]:
+        """Open the workers' ends of a weight channel; `info` is `memento.rollout.weight_transfer.ChannelInitInfo`."""
+        ...
+
+    def sleep(self) -> Future[None]:
+        """Move the weights to host memory and drop the KV pool (vLLM's sleep mode, level 1). Nothing may be running."""
+        ...
+
+    def wake(self, tag: str) -> Future[None]:
+        """Bring back ``weights`` or ``kv_cache``; with both it takes work again."""
+        ...
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the engine; requests that still run fail."""
         ...
@@ -192,6 +204,26 @@ class EngineThread:
     def label(self, version: str) -> Future[None]:
         """See `EngineDriver`."""
         return self.call(lambda engine: engine.set_weight_version(version))
+
+    def join_channel(self, info: Mapping[str, Any]) -> Future[None]:
+        """See `EngineDriver`."""
+
+        def join(engine: LLMEngine) -> None:
+            engine.collective_rpc("init_weight_transfer_engine", args=(dict(info),))
+
+        return self.call(join)
+
+    def sleep(self) -> Future[None]:
+        """See `EngineDriver`."""
+        return self.call(lambda engine: engine.sleep(level=1))
+
+    def wake(self, tag: str) -> Future[None]:
+        """See `EngineDriver`."""
+
+        def wake(engine: LLMEngine) -> None:
+            engine.wake_up([tag])
+
+        return self.call(wake)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; requests that still run fail."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -27,7 +27,8 @@ from typing import Any
 from memento.cluster import connect
 from memento.config import FormatConfig, RolloutConfig
 from memento.errors import RunFailed, UserError
-from memento.rollout.engine import FIRST_VERSION, EngineInfo, RolloutEngine, StaleEngine
+from memento.rollout.channel_records import ChannelBroken, ChannelSettings, ChannelUpdate
+from memento.rollout.engine import FIRST_VERSION, SLEEPING, EngineInfo, RolloutEngine, StaleEngine
 from memento.rollout.engine_thread import EngineFailed
 from memento.rollout.weights import WeightUpdate
 from memento.trajectory import RolloutRequest, Trajectory
@@ -89,7 +90,8 @@ class _Engine:
 
     index: int
     actor: Any
-    state: str = "starting"  # starting | ready | restarting | lost
+    state: str = "starting"  # starting | ready | restarting | waiting (for weights) | lost
+    life: int = 0  # how often it was restarted
     in_flight: int = 0  # samples
     why: str = ""
     tokens: int = 0  # at the last call of `metrics`
@@ -125,9 +127,9 @@ class RolloutPool:
         self._gpus = config.gpus if config.device == "cuda" else 0.0
         self._condition = threading.Condition()
         self._update_lock = threading.Lock()
-        self._update: WeightUpdate | None = None
+        self._update: WeightUpdate | ChannelUpdate | None = None
         self._served = FIRST_VERSION  # every engine that is `ready` holds at least this version
-        self._closed = False
+        self._closed = self._asleep = False
         self._counts: Counter[str] = Counter()
         self._began_metrics = time.perf_counter()
         self._check_resources(total)
@@ -369,6 +371,8 @@ class RolloutPool:
         stalled_s = engine.progress.stalled_s(info, time.perf_counter())
         if info is not None and info.failure is not None:
             self._recover(engine, info.failure, kill=True)
+        elif info is not None and info.version is None:  # Ray has been faster than this look
+            self._recover(engine, "its process died while it had no work")
         elif stalled_s > self._config.progress_timeout_s:
             what = "gave no answer" if info is None else f"has {info.active} completions and made no step"
             self._count("hung")
@@ -380,6 +384,7 @@ class RolloutPool:
             if engine.state != "ready" or self._closed:
                 return
             engine.state, engine.why, engine.progress = "restarting", why, Progress()
+            engine.life += 1
             self._counts["restarts"] += 1
         threading.Thread(
             target=self._bring_back, args=(engine, kill), name=f"recover-{engine.index}", daemon=True
@@ -395,10 +400,11 @@ class RolloutPool:
         while not self._closed:
             left = max(deadline - time.perf_counter(), 0.1)
             update = self._update
+            file = update if isinstance(update, WeightUpdate) else None
             try:
-                info = _get(engine.actor.start.remote(update), left)
-                if update is not None and info.version != update.version:
-                    _get(engine.actor.update_weights.remote(update), left)
+                info = _get(engine.actor.start.remote(file), left)
+                if file is not None and info.version != file.version:
+                    _get(engine.actor.update_weights.remote(file), left)
             except ActorUnavailableError:
                 if time.perf_counter() < deadline:
                     time.sleep(RESTART_POLL_S)
@@ -409,7 +415,12 @@ class RolloutPool:
                 self._lose(engine, f"{engine.why}; then it did not come back: {type(error).__name__}: {error}")
                 return
             with self._condition:
-                if self._update is update:  # else newer weights were pushed meanwhile: go round again
+                if isinstance(self._update, ChannelUpdate):  # it was not listening: somebody must write a file
+                    engine.state = "waiting"
+                    self._condition.notify_all()
+                    self._condition.wait_for(lambda: self._closed or not isinstance(self._update, ChannelUpdate))
+                    deadline = time.perf_counter() + self._config.start_timeout_s
+                elif self._update is update:  # else newer weights were pushed meanwhile: go round again
                     engine.state = "ready"
                     self._condition.notify_all()
                     return
@@ -435,31 +446,20 @@ class RolloutPool:
                 names the engine and the stage.
             NoEngines: none is left.
         """
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
-
         with self._update_lock:
             with self._condition:
                 before, self._update = self._update, update
                 ready = [engine for engine in self._engines if engine.state == "ready"]
-            sent = [(engine, engine.actor.update_weights.remote(update)) for engine in ready]
-            deadline = time.perf_counter() + self._config.start_timeout_s
-            versions = []
-            for engine, reference in sent:
-                try:
-                    versions.append(_get(reference, max(deadline - time.perf_counter(), 0.0)))
-                except GetTimeoutError:
-                    raise WeightSyncFailed(
-                        f"weights {update.version}: engine {engine.index} did not finish within "
-                        f"{self._config.start_timeout_s:g} s; {self._stage(engine)}"
-                    ) from None
-                except (ActorDiedError, ActorUnavailableError, EngineFailed, StaleEngine) as error:
-                    self._recover(engine, f"{type(error).__name__}: {error}", kill=isinstance(error, EngineFailed))
-                except Exception as error:
-                    if not versions:  # nobody took them: an engine that restarts must not try
-                        self._update = before
-                    raise WeightSyncFailed(f"weights {update.version}, engine {engine.index}: {error}") from error
+            versions: list[int] = []
+            try:
+                self._send(update, ready, versions)
+            except WeightSyncFailed:
+                if not versions:  # nobody took them: an engine that restarts must not try
+                    self._update = before
+                raise
             with self._condition:
                 self._served = update.version
+                self._condition.notify_all()  # engines that wait for a file
                 while not versions:  # all were being restarted: they come back with these weights
                     versions = [update.version for engine in self._engines if engine.state == "ready"]
                     if all(engine.state == "lost" for engine in self._engines):
@@ -467,6 +467,126 @@ class RolloutPool:
                     if not versions:
                         self._condition.wait(1.0)
             return versions
+
+    def _send(
+        self,
+        update: WeightUpdate | ChannelUpdate,
+        engines: Sequence[_Engine],
+        versions: list[int],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Have engines load an update; what each holds then is added to `versions`. Those that die are restarted."""
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+        sent = [(engine, engine.actor.update_weights.remote(update)) for engine in engines]
+        deadline = time.perf_counter() + self._config.start_timeout_s
+        meanwhile()
+        for engine, reference in sent:
+            try:
+                versions.append(_get(reference, max(deadline - time.perf_counter(), 0.0)))
+            except GetTimeoutError:
+                raise WeightSyncFailed(
+                    f"weights {update.version}: engine {engine.index} did not finish within "
+                    f"{self._config.start_timeout_s:g} s; {self._stage(engine)}"
+                ) from None
+            except (ActorDiedError, ActorUnavailableError, EngineFailed, StaleEngine) as error:
+                self._recover(engine, f"{type(error).__name__}: {error}", kill=isinstance(error, EngineFailed))
+            except Exception as error:
+                raise WeightSyncFailed(f"weights {update.version}, engine {engine.index}: {error}") from error
+
+    # Weights through a channel (`memento.rollout.weight_channel`).
+
+    @property
+    def workers_per_engine(self) -> int:
+        """Processes of an engine that hold weights."""
+        return self._config.tensor_parallel_size if self._gpus else 1
+
+    def members(self) -> tuple[tuple[int, int], ...]:
+        """The engines in service, each with how often it was restarted: who could be in a channel now."""
+        with self._condition:
+            return tuple((engine.index, engine.life) for engine in self._engines if engine.state == "ready")
+
+    def join_channel(self, settings: ChannelSettings, members: Sequence[tuple[int, int]]) -> None:
+        """Open the engines' ends of a channel, in the order of `members`. Returns when all ends are there.
+
+        Raises:
+            ChannelBroken: an engine could not; the message names it.
+        """
+        joins = [
+            (
+                index,
+                self._engines[index].actor.join_channel.remote(
+                    settings, settings.senders + i * self.workers_per_engine
+                ),
+            )
+            for i, (index, _) in enumerate(members)
+        ]
+        deadline = time.perf_counter() + settings.timeout_s + INFO_TIMEOUT_S  # the ends themselves keep the first
+        for index, reference in joins:
+            try:
+                _get(reference, max(deadline - time.perf_counter(), 0.0))
+            except Exception as error:
+                raise ChannelBroken(f"engine {index} did not join: {type(error).__name__}: {error}") from error
+
+    def receive_weights(
+        self, update: ChannelUpdate, members: Sequence[tuple[int, int]], send: Callable[[], None]
+    ) -> list[int]:
+        """As `update_weights`, through the channel that `members` have joined.
+
+        Args:
+            update: what comes.
+            members: all ends but the learner's.
+            send: called when all engines listen; sends, and returns.
+
+        Returns:
+            The version each engine holds that took them. The others are restarted, and wait for a file: see
+            `lacks_weights`.
+
+        Raises:
+            ChannelBroken: the engines in service are not `members` any more; nothing was sent.
+            WeightSyncFailed: see `update_weights`.
+        """
+        with self._update_lock:
+            with self._condition:
+                if self.members() != tuple(members):
+                    raise ChannelBroken("an engine has come or gone since the channel was opened")
+                ready = [self._engines[index] for index, _ in members]
+                self._update = update
+            versions: list[int] = []
+            self._send(update, ready, versions, send)
+            with self._condition:
+                self._served = max(versions, default=self._served)
+            return versions
+
+    def lacks_weights(self) -> bool:
+        """Whether an engine came back after weights had been sent through a channel: it waits for `update_weights`."""
+        with self._condition:
+            return any(engine.state == "waiting" for engine in self._engines)
+
+    # Sharing GPUs with the learner.
+
+    def sleep(self) -> None:
+        """Have all engines leave their GPU's memory to the learner. No group may be running, and none start."""
+        self._asleep = True
+        self._tell_all("sleep")
+
+    def wake(self, part: str) -> None:
+        """Bring a part of `memento.rollout.engine.SLEEPING` back in all engines: ``weights`` before they are replaced,
+        ``kv_cache`` after. Nothing happens where nobody sleeps."""
+        if self._asleep:
+            self._tell_all("wake", part)
+        self._asleep = self._asleep and part != SLEEPING[-1]
+
+    def _tell_all(self, method: str, *arguments: object) -> None:
+        with self._condition:
+            ready = [engine for engine in self._engines if engine.state == "ready"]
+        told = [(engine, getattr(engine.actor, method).remote(*arguments)) for engine in ready]
+        deadline = time.perf_counter() + self._config.start_timeout_s
+        for engine, reference in told:
+            try:
+                _get(reference, max(deadline - time.perf_counter(), 0.0))
+            except Exception as error:  # dead, stuck or half asleep: all are mended by starting it again
+                self._recover(engine, f"{method}: {type(error).__name__}: {error}", kill=True)
 
     # Looking.
 

@@ -1,9 +1,10 @@
-"""How an engine's workers take a weight file: vLLM's own weight transfer, with a backend of ours.
+"""How an engine's workers take new weights: vLLM's own weight transfer, with a backend of ours.
 
-vLLM ships backends for GPUs only (``nccl``, ``ipc``, ...). This module registers one more, ``safetensors``, when it is
-imported; every worker imports it because `WorkerExtension` is its ``worker_extension_cls``. The calls stay vLLM's own
-(``start_weight_update``, ``update_weights``, ``finish_weight_update``), so another backend is a matter of
-``weight_transfer_config`` and of what `update_info` holds.
+vLLM's backends (``nccl``, ``ipc``, ...) are for GPUs only, check nothing and know no file to fall back to. This module
+registers one more, ``memento``, when it is imported; every worker imports it because `WorkerExtension` is its
+``worker_extension_cls``. The calls stay vLLM's own (``init_weight_transfer_engine``, ``start_weight_update``,
+``update_weights``, ``finish_weight_update``). An update is a file (`memento.rollout.weights`) or comes through a
+channel (`memento.rollout.weight_channel`): the load is the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,36 +24,53 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from memento.rollout.channel_records import ChannelBroken, ChannelSettings, ChannelUpdate
 from memento.rollout.engine_process import PARENT_VARIABLE
+from memento.rollout.weight_channel import WeightChannel
 from memento.rollout.weights import WeightUpdate, read_weights
 
-BACKEND = "safetensors"
+BACKEND = "memento"
 
 
 class WeightsIncomplete(RuntimeError):
-    """A weight file lacks parameters of the model: part of the engine would go on with old ones."""
+    """An update lacks parameters of the model: part of the engine would go on with old ones."""
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """A file needs no rendezvous."""
+class ChannelInitInfo(WeightTransferInitInfo):
+    """A channel to open; a file needs none.
+
+    Attributes:
+        settings: `ChannelSettings` as plain values, as they travel to the worker processes.
+        first_rank: of this engine's workers in the channel.
+        host: this machine's address, as the others reach it.
+    """
+
+    settings: dict[str, Any]
+    first_rank: int
+    host: str
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """The `WeightUpdate` as plain values, as it travels to the worker processes."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """The `WeightUpdate` or `ChannelUpdate` as plain values."""
 
     update: dict[str, Any]
 
 
-class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Load one safetensors file. A whole update happens in `receive_weights`, so a bad file changes nothing."""
+class WeightTransfer(WeightTransferEngine[ChannelInitInfo, UpdateInfo]):
+    """A whole update happens in `receive_weights`, so a file that cannot be read changes nothing."""
 
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
+    init_info_cls = ChannelInitInfo
+    update_info_cls = UpdateInfo
+    _channel: WeightChannel | None = None
 
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Nothing to prepare."""
+    def init_transfer_engine(self, init_info: ChannelInitInfo) -> None:
+        """Join the learner and the other workers."""
+        self._channel = None  # the one before, before it: its sockets
+        rank = init_info.first_rank + self.parallel_config.rank
+        settings = ChannelSettings.model_validate(init_info.settings)
+        self._channel = WeightChannel(settings, rank, self.device, init_info.host)
 
     def start_weight_update(self) -> None:
         """Nothing to prepare."""
@@ -61,27 +80,35 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         if self.device.type != "cpu":  # the base class does this always, and torch.accelerator has no CPU
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        tensors = read_weights(WeightUpdate.model_validate(update_info.update))
+        tensors = self._tensors(update_info.update)
         names = {name for name, _ in self.model.named_parameters()}
         # On CPU the linear layers keep a packed copy and drop their weight: a plain load_weights() has nothing to write
         # to. The layerwise reload restores, loads and packs them again.
         initialize_layerwise_reload(self.model)
         model: Any = self.model  # vLLM's models take Hugging Face names
-        loaded = model.load_weights(iter(tensors.items()))
+        loaded = model.load_weights(tensors)
         finalize_layerwise_reload(self.model, self.model_config)
         if missing := names - set(loaded):
             raise WeightsIncomplete(f"the weights lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
         if self.device.type == "cpu":
             _pack_heads_again(self.model)
 
+    def _tensors(self, update: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        if "path" in update:
+            return iter(read_weights(WeightUpdate.model_validate(update)).items())
+        if self._channel is None:
+            raise ChannelBroken("weights were announced through a channel that this engine never joined")
+        return self._channel.receive(ChannelUpdate.model_validate(update).version)
+
     def finish_weight_update(self) -> None:
         """Nothing left to do."""
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Leave the channel."""
+        self._channel = None
 
 
 def _pack_heads_again(model: torch.nn.Module) -> None:
@@ -104,7 +131,7 @@ def end_with_parent() -> None:
 end_with_parent()
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+    WeightTransferEngineFactory.register_engine(BACKEND, WeightTransfer)
 
 
 class WorkerExtension:

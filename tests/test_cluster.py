@@ -152,6 +152,9 @@ def test_a_job_runs_stops_and_resumes_on_two_nodes(cluster: str, model: Path, tm
     assert steps == list(range(1, reached + 3)), "no step is lost, none is there twice"
     assert (out / "hf" / "model.safetensors").is_file()
     assert "asked for" in resumed.stdout and "there, on 2 machines" in resumed.stdout
+    for said in (logs.stdout, resumed.stdout):
+        assert "weights go by broadcast" in said and "go by file" not in said, said
+    assert not (out / "weights").exists()
 
 
 def test_the_exit_code_and_the_reason_of_a_failure_arrive(cluster: str, model: Path, tmp_path: Path) -> None:

@@ -79,3 +79,10 @@ def test_show_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_engines_actor_reads_its_environment_before_torch_does() -> None:
+    """`rollout.engine.set_environment` is too late for whatever was imported before it."""
+    code = "import sys, memento.rollout.engine; print(*sorted({'torch', 'vllm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []

@@ -32,6 +32,8 @@ from memento.rl.export import SHARD_GB, _weights_of_checkpoint
 from memento.rl.learner import FAILED_BATCH, Learner, LearnerError, NonFiniteLoss
 from memento.rl.learner_rank import LearnerRank
 from memento.rl.lora import ExportedTensor
+from memento.rollout.channel_records import LOOPBACK, ChannelBroken, ChannelSettings
+from memento.rollout.weight_channel import WeightChannel
 from memento.rollout.weights import read_weights
 
 TEMPERATURE = 0.7
@@ -242,6 +244,38 @@ def test_neither_packing_nor_ranks_change_the_gradient(name, tokens, learner_of,
         "train/loss_tokens",
     ):
         assert stats[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), metric
+
+
+@pytest.mark.parametrize(
+    ("name", "transport"), [("two ranks", "broadcast"), ("sharded", "broadcast"), ("sharded", "ipc")]
+)
+def test_weights_that_are_sent_are_those_that_are_written(name, transport, learner_of, tmp_path):
+    learner = learner_of(name)
+    expected = weights_of(learner, tmp_path)
+    settings = ChannelSettings(
+        transport=transport,
+        address=LOOPBACK,
+        port=learner.open_store(30)[1],
+        senders=2 if transport == "ipc" else 1,
+        receivers=1,
+        tensors=learner.tensor_specs(),
+        bucket_bytes=20_000,
+        timeout_s=30,
+    )
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(learner.join_channel, settings)
+        channel = WeightChannel(settings, settings.senders, torch.device("cpu"), LOOPBACK)
+        joining.result()
+        for version in (4, 5):
+            sending = threads.submit(learner.send_weights, version)
+            got = dict(channel.receive(version))
+            sending.result()
+            assert got.keys() == expected.keys()
+            assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in expected.items())
+    del channel
+    with pytest.raises(ChannelBroken, match="learner rank 0: send"):  # the engine is gone
+        learner.send_weights(6)
+    assert furthest(weights_of(learner, tmp_path), expected) == 0, "the ranks go on"
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def land(nodes: Cluster, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
             check_resources(config, clusters.node_resources())
             said: list[str] = []
             run: Any = SimpleNamespace(say=said.append)
-            trained, sampled, _ = train.start(config, run, parts)
+            trained, sampled, *_ = train.start(config, run, parts)
             return (
                 ray.get([engine.actor.where.remote() for engine in sampled._engines]),
                 ray.get([rank.where.remote() for rank in trained._ranks]),
