@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from memento.config import RlConfig, WeightSyncConfig
-from memento.errors import RunFailed
+from memento.errors import RunFailed, UserError
 from memento.preflight import ENGINE, LEARNER_RANK, ResourcePlan
 from memento.rollout.channel_records import LOOPBACK, ChannelBroken, ChannelSettings, ChannelUpdate, TensorSpec
 from memento.rollout.weights import WeightUpdate, shared_memory_folder
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from memento.rollout.pool import RolloutPool
 
 Transport = Literal["file", "broadcast", "ipc"]
+
+GIVE_UP_AFTER = 3
+"""Versions in a row that did not get through a channel: then all go by file, without waiting for a timeout each."""
 
 
 class WeightSyncError(RunFailed):
@@ -145,15 +148,20 @@ class ChannelSync(WeightSync):
         self._config, self._one_machine, self._say = config, one_machine, say
         self._members: tuple[tuple[int, int], ...] = ()  # of the channel that is open
         self._tensors: tuple[TensorSpec, ...] = ()
+        self._failures = 0  # in a row
 
     def push(self, version: int) -> WeightUpdate | ChannelUpdate:
         """See `WeightSync.push`."""
-        try:
-            return self._send(version)
-        except ChannelBroken as error:
-            self._members = ()
-            self._say(f"weights {version} go by file ({self._transport}: {error})")
-            return super().push(version)
+        if self._failures < GIVE_UP_AFTER:
+            try:
+                update = self._send(version)
+                self._failures = 0
+                return update
+            except ChannelBroken as error:
+                self._members, self._failures = (), self._failures + 1
+                which = f"{version}" if self._failures < GIVE_UP_AFTER else f"{version} and all that follow"
+                self._say(f"weights {which} go by file ({self._transport}: {error})")
+        return super().push(version)
 
     def heal(self, version: int) -> None:
         """See `WeightSync.heal`."""
@@ -178,8 +186,8 @@ class ChannelSync(WeightSync):
         versions = self._pool.receive_weights(update, members, send)
         if failures:
             raise failures[0]
-        if len(versions) < len(members):
-            raise ChannelBroken(f"{len(members) - len(versions)} of {len(members)} engines did not take them")
+        if versions != [version] * len(members):
+            raise ChannelBroken(f"{len(members) - versions.count(version)} of {len(members)} engines did not take them")
         return update.model_copy(update={"seconds": time.perf_counter() - began})
 
     def _open(self, members: tuple[tuple[int, int], ...]) -> None:
@@ -206,11 +214,23 @@ class ChannelSync(WeightSync):
 def choose_transport(config: RlConfig, plan: ResourcePlan, machines: int) -> Transport:
     """What ``weight_sync.transport: auto`` means for these actors.
 
-    A file in shared memory where everything is on the CPUs of one machine; ipc where every engine shares its GPU with a
-    learner rank; else broadcast.
+    A file where everything is on the CPUs of one machine, or engines and learner on other kinds of devices; ipc where
+    every engine shares its GPU with a learner rank; else broadcast.
+
+    Raises:
+        UserError: a channel was asked for between a GPU and a CPU.
     """
-    if config.weight_sync.transport != "auto":
-        return config.weight_sync.transport
+    kinds_of_devices = {actors.gpus > 0 for actors in plan.actors if actors.kind in (ENGINE, LEARNER_RANK)}
+    asked = config.weight_sync.transport
+    if len(kinds_of_devices) > 1:
+        if asked in ("broadcast", "ipc"):
+            raise UserError(
+                f"weight_sync.transport={asked} needs engines and learner on the same kind of device (rollout.device, "
+                "learner.device). Use weight_sync.transport=file."
+            )
+        return "file"
+    if asked != "auto":
+        return asked
     if plan.gpus == 0:
         return "file" if machines == 1 else "broadcast"
     kinds = [{kind for kind, _ in bundle.members} for bundle in plan.bundles]

@@ -25,6 +25,8 @@ NOBODY: Any = None
         ({"rollout": {"gpu_fraction": 0.4, "engines": 2}, "learner": {"gpu_fraction": 0.6, "ranks": 2}}, 2, 1, "ipc"),
         ({"rollout": {"gpu_fraction": 0.4, "engines": 2}, "learner": {"gpu_fraction": 0.6}}, 2, 1, "broadcast"),
         (SHARED | {"weight_sync": {"transport": "file"}}, 1, 1, "file"),
+        ({"rollout": {"device": "cpu"}}, 1, 1, "file"),
+        ({"learner": {"device": "cpu"}}, 1, 2, "file"),
     ],
 )
 def test_auto_takes_the_shortest_way_there_is(
@@ -32,6 +34,12 @@ def test_auto_takes_the_shortest_way_there_is(
 ):
     config = make("config", **sections)
     assert choose_transport(config, resource_plan(config, gpus_there=gpus), machines) == expected
+
+
+def test_no_channel_joins_a_gpu_and_a_cpu(make: Any):
+    config = make("config", rollout={"device": "cpu"}, weight_sync={"transport": "broadcast"})
+    with pytest.raises(UserError, match=r"broadcast needs engines and learner on the same kind of device"):
+        choose_transport(config, resource_plan(config, gpus_there=1), 1)
 
 
 @pytest.mark.parametrize("machines", [1, 2])

@@ -15,7 +15,7 @@ import torch
 
 from memento.config import FormatConfig, RolloutConfig, WeightSyncConfig
 from memento.problems import Problem, ProblemKind
-from memento.rl.weight_sync import ChannelSync, WeightSync
+from memento.rl.weight_sync import GIVE_UP_AFTER, ChannelSync, WeightSync
 from memento.rollout.channel_records import LOOPBACK, ChannelSettings, TensorSpec
 from memento.rollout.pool import RolloutPool
 from memento.rollout.weight_channel import WeightChannel, open_store
@@ -202,15 +202,19 @@ def test_whoever_was_away_gets_a_file_and_then_is_sent_to_again(pool, learner, s
     assert sampled(pool.generate(request("c"))) == expected
 
 
-def test_a_channel_that_cannot_be_opened_costs_its_timeout_and_nothing_else(pool, learner, said, sync_of, monkeypatch):
+def test_a_channel_that_cannot_be_opened_is_tried_three_times(pool, learner, said, sync_of, monkeypatch):
     sync, version = sync_of("broadcast"), next_version(pool)
     monkeypatch.setattr(learner, "open_store", lambda timeout_s: ("unused", 1))  # nobody listens there
     monkeypatch.setattr(learner, "join_channel", lambda settings: None)
-    sync._config = WeightSyncConfig(timeout_s=2)
+    sync._config = WeightSyncConfig(timeout_s=1)
     learner.train(8)
-    sync.push(version)
-    assert versions(pool) == [version] * 2
-    assert len(said) == 1 and "did not join" in said[0] and "open the channel" in said[0]
+    for new in range(version, version + 4):
+        sync.push(new)
+        assert versions(pool) == [new] * 2
+    assert len(said) == GIVE_UP_AFTER == 3 and all(
+        "did not join" in line and "open the channel" in line for line in said
+    )
+    assert said[-1].startswith(f"weights {version + 2} and all that follow go by file")
 
 
 @pytest.mark.long

@@ -1,13 +1,15 @@
 """Weights from process to process: what arrives is what was sent, or an error that names the stage. Over real Gloo.
 
-The ends of a channel are threads here; tests/rl/test_weight_sync.py has them in a learner and in vLLM's workers.
+The ends of a channel are mostly threads here; tests/rl/test_learner.py has them in a learner's ranks and
+tests/rollout/test_channel_sync.py in vLLM's workers.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from memento.rollout.weight_channel import WeightChannel, checksum_of, cut, open
 from memento.rollout.weights import WeightsCorrupt
 
 CPU = torch.device("cpu")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -202,3 +205,44 @@ def test_ipc_needs_a_sender_on_the_same_device(monkeypatch: pytest.MonkeyPatch) 
         received[0].result()
     with pytest.raises(ChannelBroken, match="send bucket 1"):
         sending[0].result()
+
+
+def receive_elsewhere(settings: dict[str, Any], device: str) -> list[tuple[str, str, bytes]]:
+    """Runs in a process of its own: what arrives there, for two versions."""
+    end = WeightChannel(ChannelSettings.model_validate(settings), 1, torch.device(device), LOOPBACK)
+    got = [pair for version in (1, 2) for pair in end.receive(version)]
+    return [
+        (name, str(t.dtype), t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in got
+    ]
+
+
+@pytest.mark.parametrize(
+    ("transport", "device"),
+    [("broadcast", "cpu"), ("ipc", "cpu"), pytest.param("ipc", "cuda:0", marks=gpu)],
+)
+def test_two_processes(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # here each process has its own tracker of shared memory
+    store = open_store(60)
+    settings = ChannelSettings.model_validate(
+        {
+            "transport": transport,
+            "address": LOOPBACK,
+            "port": store.port,
+            "senders": 1,
+            "receivers": 1,
+            "tensors": specs(tensors()),
+            "bucket_bytes": 256,
+            "timeout_s": 60,
+        }
+    )
+    sent = [{name: t.to(device) for name, t in tensors(seed).items()} for seed in (1, 2)]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        elsewhere = processes.submit(receive_elsewhere, settings.model_dump(mode="json"), device)
+        end = WeightChannel(settings, 0, torch.device(device), LOOPBACK, store)
+        for version, weights in enumerate(sent, 1):
+            end.send(iter(weights.items()), version)
+        got = elsewhere.result(timeout=120)
+    expected = [(name, t) for weights in sent for name, t in weights.items()]
+    assert [(name, dtype) for name, dtype, _ in got] == [(name, str(t.dtype)) for name, t in expected]
+    for (name, _, data), (_, t) in zip(got, expected, strict=True):
+        assert data == t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
