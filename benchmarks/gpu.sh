@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about kernels/ that needs a GPU, in one go: its tests, its benchmarks, and a Markdown table of both.
+# What needs a GPU and no vLLM, in one go: tests and benchmarks of kernels/, weights by CUDA IPC, and a Markdown table.
 #
 #     benchmarks/gpu.sh [FOLDER]          results in FOLDER (default runs/gpu), the table in FOLDER/report.md
 #
@@ -27,6 +27,8 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 
 run tests 240 "$python" -m pytest -o addopts= --import-mode=importlib -p no:cacheprovider -q -m gpu \
     tests/kernels/test_triton_attention.py tests/kernels/test_triton_kernels.py tests/kernels/test_flex.py
+has pydantic && run channel 120 "$python" -m pytest -o addopts= --import-mode=importlib -p no:cacheprovider -q -m gpu \
+    tests/rollout/test_weight_channel.py
 model=(--device cuda --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128)
 run attention 180 "$python" benchmarks/attention.py "${model[@]}" --only causal triton flex --rounds 7 \
     --tokens 4096 8192 16384 32768 65536 --json "$out/attention.json"

@@ -223,22 +223,23 @@ def main(arguments: list[str] | None = None) -> int:
         type=float,
         help="seconds of a start, in which a run may be killed too; default: an untouched run's",
     )
+    small = Path(__file__).resolve().parents[1] / "configs" / "rl" / "small.yaml"
+    parser.add_argument("--config", type=Path, default=small, help="of the run, whose sizes are set here")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     options = parser.parse_args(arguments)
-    config = Path(__file__).resolve().parents[1] / "configs" / "rl" / "small.yaml"
     with tempfile.TemporaryDirectory(prefix="kill-") as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         model = write_tiny_model(Path(temporary) / "model", seed=0)
         start_s = options.start_s
         if start_s is None:
-            wrong = untouched(folder, model, config)
+            wrong = untouched(folder, model, options.config)
             if wrong:
                 print((folder / "untouched.log").read_text(errors="replace")[-3000:])
                 return 1
             start_s = read_metrics(folder / "untouched")[0]["seconds/start"] or 0.0
         numbers = range(options.first, options.first + options.runs)
-        results = [one_run(number, folder, model, config, options.seed, start_s) for number in numbers]
+        results = [one_run(number, folder, model, options.config, options.seed, start_s) for number in numbers]
     whole = sum(not wrong for wrong in results)
     print(json.dumps({"runs": len(results), "whole": whole, "seed": options.seed, "first": options.first}))
     return 0 if whole == len(results) else 1
