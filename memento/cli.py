@@ -432,7 +432,7 @@ def show(
     else:
         typer.echo(to_yaml(resolved))
     for line in _plan(resolved, like, gpu):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

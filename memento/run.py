@@ -227,8 +227,8 @@ class Run:
         self._tracker.checkpoint(step, checkpoint)
 
     def say(self, message: str) -> None:
-        """A line for the person who watches."""
-        self.console.print(message)
+        """A line for the person who watches, as it is: square brackets in it are no markup."""
+        self.console.print(message, markup=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

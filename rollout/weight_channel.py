@@ -16,6 +16,7 @@ the weights by file (`memento.rollout.weights`) and opens another.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -266,4 +267,5 @@ def _stage(what: str) -> Iterator[None]:
     except ChannelBroken:
         raise
     except Exception as error:
-        raise ChannelBroken(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        reason = re.sub(r"\[\S*\.cc:\d+\] *", "", " ".join(str(error).split()))  # where in Gloo's source it was noticed
+        raise ChannelBroken(f"{what}: {reason[:300] or type(error).__name__}") from error

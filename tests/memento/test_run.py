@@ -99,6 +99,14 @@ def test_a_run_explains_itself(tmp_path: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["a"], "no draft is left behind"
 
 
+def test_what_is_said_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "a peer is gone [/gloo/transport/tcp/pair.cc:553] " + "and no line is broken " * 10
+    with Run.open(make_config(tmp_path / "run")) as run:
+        run.say(said)
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+
+
 def test_a_folder_with_anything_in_it_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"not empty.*--resume"):
