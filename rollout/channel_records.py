@@ -59,11 +59,6 @@ class ChannelSettings(Record):
     bucket_bytes: int = Field(gt=0)
     timeout_s: float = Field(gt=0)
 
-    @property
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.bytes for tensor in self.tensors)
-
 
 class ChannelUpdate(Record):
     """Weights that are sent through the channel now. As `memento.rollout.weights.WeightUpdate`, but for once only: an

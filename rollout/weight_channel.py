@@ -45,10 +45,12 @@ def open_store(timeout_s: float) -> TCPStore:
 def cut(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[list[TensorSpec]]:
     """The tensors in order, as buckets of at most `bucket_bytes`, or of one larger tensor."""
     bucket: list[TensorSpec] = []
+    size = 0
     for tensor in tensors:
-        if bucket and _size([*bucket, tensor]) > bucket_bytes:
+        size += _aligned(tensor.bytes)
+        if bucket and size > bucket_bytes:
             yield bucket
-            bucket = []
+            bucket, size = [], _aligned(tensor.bytes)
         bucket.append(tensor)
     if bucket:
         yield bucket
@@ -62,19 +64,12 @@ def _size(bucket: Iterable[TensorSpec]) -> int:
     return sum(_aligned(tensor.bytes) for tensor in bucket)
 
 
-def checksum_of(buckets: Iterable[torch.Tensor]) -> int:
-    """Of the bytes of uint8 buckets whose sizes are multiples of 8: sums of 64-bit words, mixed in order.
+def mixed(checksum: int, bucket: torch.Tensor) -> int:
+    """The checksum of all buckets so far and this one, uint8 and a multiple of 8 long: sums of 64-bit words, in order.
 
     It costs one reading of the memory, on the device, and finds buckets that were lost, damaged, repeated or taken from
     another version. It is no protection against someone who forges them.
     """
-    checksum = 0
-    for bucket in buckets:
-        checksum = _mixed(checksum, bucket)
-    return checksum
-
-
-def _mixed(checksum: int, bucket: torch.Tensor) -> int:
     return (checksum * 31 + int(bucket.view(torch.int64).sum())) % 2**63
 
 
@@ -102,6 +97,7 @@ class WeightChannel:
     ) -> None:
         self.settings, self.rank, self.device = settings, rank, device
         self._timeout = timedelta(seconds=settings.timeout_s)
+        self._buckets = list(cut(settings.tensors, settings.bucket_bytes))
         size = settings.senders + settings.receivers
         with _stage(f"open the channel, rank {rank} of {size}"):
             if store is None:
@@ -125,7 +121,7 @@ class WeightChannel:
         Raises:
             ChannelBroken: an end is gone or too slow, or `tensors` are not those of the settings.
         """
-        buckets = list(cut(self.settings.tensors, self.settings.bucket_bytes))
+        buckets = self._buckets
         largest = max(map(_size, buckets), default=0)
         checksum = 0
         with _Buffer(self.settings.transport, largest, self.device) as buffer:
@@ -139,7 +135,7 @@ class WeightChannel:
                         values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
                         whole[end : end + spec.bytes].copy_(values)
                         end += _aligned(spec.bytes)
-                    checksum = _mixed(checksum, whole)
+                    checksum = mixed(checksum, whole)
                     if self.settings.transport == "ipc":
                         self._gather(buffer.handle())
                         self._control.barrier().wait(self._timeout)  # they have their copies
@@ -155,7 +151,7 @@ class WeightChannel:
             ChannelBroken: an end is gone or too slow.
             WeightsCorrupt: at the end, if they are not what was sent, or of another version.
         """
-        buckets = list(cut(self.settings.tensors, self.settings.bucket_bytes))
+        buckets = self._buckets
         checksum = 0
         for index, bucket in enumerate(buckets):
             with _stage(f"receive bucket {index + 1} of {len(buckets)}"):
@@ -165,7 +161,7 @@ class WeightChannel:
                     self._control.barrier().wait(self._timeout)
                 else:
                     self._broadcast(self._data, whole)
-                checksum = _mixed(checksum, whole)
+                checksum = mixed(checksum, whole)
             end = 0
             for spec in bucket:
                 yield spec.name, whole[end : end + spec.bytes].view(getattr(torch, spec.dtype)).reshape(spec.shape)
